@@ -1,0 +1,215 @@
+"""The client of any OpenAI-protocol endpoint, and the scripted model that tests and rehearsals talk to.
+
+A hosted model, an open model behind vLLM and a student of our own are all reached through `Endpoint`. It
+ignores routing, fallbacks and recording (gateway): it asks one model at one URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+
+import msgspec
+
+from understudy.errors import EndpointError
+from understudy.protocol import Answer, Json, assemble_stream
+
+if TYPE_CHECKING:
+    import aiohttp
+
+RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class Endpoint(Protocol):
+    """One model behind one URL."""
+
+    name: str
+    """ENDPOINT/MODEL, as written in the config."""
+
+    async def chat(self, request: Mapping[str, Any]) -> Answer:
+        """POST chat/completions. Raises EndpointError when no usable answer comes."""
+        ...
+
+    async def complete(self, request: Mapping[str, Any]) -> Answer:
+        """POST completions (``echo`` and ``logprobs`` included). Raises EndpointError likewise."""
+        ...
+
+
+class HttpEndpoint:
+    """An endpoint over HTTP; use as ``async with``.
+
+    Retries what was not answered (connect failure, 408, 429, 5xx) up to ``retries`` times, honouring
+    Retry-After; anything else is the caller's to see. A streamed answer is assembled before it is returned.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str = "",
+        retries: int = 3,
+        timeout_s: float = 120.0,
+        connections: int = 64,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.model = model
+        self.base_url = base_url.rstrip("/")
+        self.retries = retries
+        self._timeout_s = timeout_s
+        self._connections = connections
+        self._headers = {"content-type": "application/json", **(headers or {})}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        import aiohttp
+
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._connections),
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            headers=self._headers,
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def chat(self, request: Mapping[str, Any]) -> Answer:
+        return await self._post("chat/completions", request)
+
+    async def complete(self, request: Mapping[str, Any]) -> Answer:
+        return await self._post("completions", request)
+
+    async def _post(self, route: str, request: Mapping[str, Any]) -> Answer:
+        payload = msgspec.json.encode({**request, "model": self.model})
+        stream = bool(request.get("stream"))
+        for attempt in range(1, self.retries + 2):
+            outcome = await self._once(route, payload, stream, attempt)
+            if isinstance(outcome, Answer):
+                return outcome
+            if attempt <= self.retries:
+                await asyncio.sleep(min(outcome.wait_s or 0.2 * 2**attempt, 30.0))
+            else:
+                raise outcome.error
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    async def _once(self, route: str, payload: bytes, stream: bool, attempt: int) -> Answer | _Again:
+        import aiohttp
+
+        assert self._session is not None, "use `async with HttpEndpoint(…)`"
+        started = time.perf_counter()
+        try:
+            async with self._session.post(f"{self.base_url}/{route}", data=payload) as response:
+                first = await response.content.readany()
+                ttft = time.perf_counter() - started
+                raw = first + await response.read()
+                status, wait = response.status, response.headers.get("retry-after", "")
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return _Again(self._unreachable(error), 0.0)
+        if status in RETRIED:
+            return _Again(self._refused(status, raw), float(wait) if wait.isdigit() else 0.0)
+        if status >= 400:
+            raise self._refused(status, raw)
+        body = assemble_stream(raw) if stream else self._decode(raw)
+        return Answer(status, body, ttft, time.perf_counter() - started, attempt)
+
+    def _decode(self, raw: bytes) -> Json:
+        try:
+            return cast(Json, msgspec.json.decode(raw, type=dict))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise EndpointError(
+                f"{self.name} answered something that is not JSON: {raw[:80]!r}",
+                expected="a JSON object",
+                next_step=f"curl {self.base_url}/models",
+            ) from error
+
+    def _unreachable(self, error: Exception) -> EndpointError:
+        reason = str(error) or type(error).__name__
+        return EndpointError(
+            f"{self.name} is out of reach at {self.base_url}: {reason}",
+            expected="a server that answers",
+            next_step=f"curl {self.base_url}/models",
+        )
+
+    def _refused(self, status: int, raw: bytes) -> EndpointError:
+        return EndpointError(
+            f"{self.name} answered {status}: {raw[:300].decode(errors='replace')}",
+            status=status,
+            expected="status 200",
+            next_step="check the key, the model id and the request",
+        )
+
+
+class _Again:
+    """A failure worth another try."""
+
+    def __init__(self, error: EndpointError, wait_s: float) -> None:
+        self.error = error
+        self.wait_s = wait_s
+
+
+Script = Callable[[Json], str]
+
+
+class ScriptedModel:
+    """A model that answers what its script says: the one the tests and rehearsals use.
+
+    ``script`` maps a chat request to the answer's text. ``delay_s`` is waited before each answer;
+    ``fail`` decides, given the number of the call (from 1), which calls raise a 503.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        script: Script,
+        *,
+        delay_s: float = 0.0,
+        fail: Callable[[int], bool] = lambda call: False,
+    ) -> None:
+        self.name = name
+        self.calls = 0
+        self._script = script
+        self._delay_s = delay_s
+        self._fail = fail
+
+    async def chat(self, request: Mapping[str, Any]) -> Answer:
+        self.calls += 1
+        if self._delay_s:
+            await asyncio.sleep(self._delay_s)
+        if self._fail(self.calls):
+            raise EndpointError(f"{self.name} answered 503: scripted failure", status=503)
+        text = self._script(dict(request))
+        return Answer(200, self._body(request, text), self._delay_s, self._delay_s, 1)
+
+    async def complete(self, request: Mapping[str, Any]) -> Answer:
+        answer = await self.chat({"messages": [{"role": "user", "content": request.get("prompt", "")}]})
+        choice = {"index": 0, "text": answer.text, "finish_reason": "stop"}
+        return answer._replace(body={**answer.body, "object": "text_completion", "choices": [choice]})
+
+    def _body(self, request: Mapping[str, Any], text: str) -> Json:
+        prompt = sum(len(str(m.get("content", "")).split()) for m in request.get("messages", []))
+        completion = len(text.split())
+        return {
+            "id": f"scripted-{self.calls}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.name.partition("/")[2] or self.name,
+            "choices": [
+                {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            ],
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            },
+        }
