@@ -1,0 +1,327 @@
+"""The store's schema as history: each step small, applied once, in order, never edited afterwards.
+
+One dialect serves SQLite and PostgreSQL: the few words in which they differ are replaced by `database`. It
+ignores how rows are read and written (store).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from understudy.errors import StoreError
+
+if TYPE_CHECKING:
+    from understudy.traffic.database import Database
+
+
+class Migration(NamedTuple):
+    """One step of the schema's history; its number is its place in `HISTORY`, from 1."""
+
+    name: str
+    statements: tuple[str, ...]
+
+
+M001_CREATE_CALLS = Migration(
+    "m001_create_calls",
+    (
+        """
+        CREATE TABLE calls (
+            key TEXT PRIMARY KEY,
+            at REAL NOT NULL,
+            alias TEXT NOT NULL,
+            target TEXT NOT NULL,
+            answered_by TEXT NOT NULL,
+            route TEXT NOT NULL,
+            status INTEGER NOT NULL,
+            stream INTEGER NOT NULL,
+            prompt_tokens INTEGER,
+            completion_tokens INTEGER,
+            cached_tokens INTEGER,
+            reasoning_tokens INTEGER,
+            audio_tokens INTEGER,
+            usage_estimated INTEGER NOT NULL,
+            ttft_s REAL NOT NULL,
+            total_s REAL NOT NULL,
+            finish_reason TEXT NOT NULL,
+            task_id TEXT NOT NULL,
+            tags TEXT NOT NULL,
+            caller TEXT NOT NULL,
+            prompt_hash BLOB,
+            frame INTEGER,
+            messages INTEGER,
+            response INTEGER
+        ) WITHOUT ROWID
+        """,
+        # keys are UUIDv7, so this index also orders an alias's calls by time
+        "CREATE INDEX calls_by_alias ON calls (alias, key)",
+    ),
+)
+
+M002_CREATE_BLOBS = Migration(
+    "m002_create_blobs",
+    (
+        # digests stand apart so that blobs are appended in order: a random primary key leaves pages 69% full
+        "CREATE TABLE blobs (id INTEGER PRIMARY KEY, parent INTEGER NOT NULL, data BLOB NOT NULL)",
+        "CREATE TABLE digests (digest BLOB PRIMARY KEY, blob INTEGER NOT NULL) WITHOUT ROWID",
+    ),
+)
+
+M003_CREATE_ATTEMPTS = Migration(
+    "m003_create_attempts",
+    (
+        """
+        CREATE TABLE attempts (
+            call TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            target TEXT NOT NULL,
+            status INTEGER NOT NULL,
+            billed TEXT NOT NULL,
+            started REAL NOT NULL,
+            ended REAL NOT NULL,
+            error TEXT NOT NULL,
+            PRIMARY KEY (call, number)
+        ) WITHOUT ROWID
+        """,
+    ),
+)
+
+M004_CREATE_SEGMENTS = Migration(
+    "m004_create_segments",
+    (
+        """
+        CREATE TABLE segments (
+            name TEXT PRIMARY KEY, reached INTEGER NOT NULL, faults INTEGER NOT NULL
+        ) WITHOUT ROWID
+        """,
+    ),
+)
+
+M005_CREATE_FEEDBACK = Migration(
+    "m005_create_feedback",
+    (
+        """
+        CREATE TABLE feedback (
+            key TEXT PRIMARY KEY,
+            call TEXT NOT NULL,
+            at REAL NOT NULL,
+            metric TEXT NOT NULL,
+            value REAL,
+            expected TEXT NOT NULL,
+            comment TEXT NOT NULL
+        ) WITHOUT ROWID
+        """,
+        "CREATE INDEX feedback_by_call ON feedback (call, key)",
+    ),
+)
+
+M006_CREATE_ROUTES = Migration(
+    "m006_create_routes",
+    (
+        """
+        CREATE TABLE routes (
+            alias TEXT PRIMARY KEY,
+            version INTEGER NOT NULL,
+            model TEXT NOT NULL,
+            fallback TEXT NOT NULL,
+            stage TEXT NOT NULL,
+            changed_at REAL NOT NULL,
+            changed_by TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            evidence TEXT NOT NULL
+        ) WITHOUT ROWID
+        """,
+        """
+        CREATE TABLE route_history (
+            alias TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            model TEXT NOT NULL,
+            fallback TEXT NOT NULL,
+            stage TEXT NOT NULL,
+            changed_at REAL NOT NULL,
+            changed_by TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            evidence TEXT NOT NULL,
+            PRIMARY KEY (alias, version)
+        ) WITHOUT ROWID
+        """,
+    ),
+)
+
+M007_CREATE_KEYS = Migration(
+    "m007_create_keys",
+    (
+        """
+        CREATE TABLE keys (
+            id TEXT PRIMARY KEY,
+            hash BLOB NOT NULL,
+            name TEXT NOT NULL,
+            created REAL NOT NULL,
+            revoked REAL
+        ) WITHOUT ROWID
+        """,
+    ),
+)
+
+M008_ADD_COST = Migration(
+    "m008_add_cost",
+    (
+        "ALTER TABLE calls ADD COLUMN cost_usd REAL",
+        "ALTER TABLE calls ADD COLUMN price_date TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE calls ADD COLUMN price_source TEXT NOT NULL DEFAULT ''",
+    ),
+)
+
+M009_ADD_SHAPE = Migration(
+    "m009_add_shape",
+    (
+        # what planning asks of every call, so that 100,000 calls are ranked without opening their texts
+        "ALTER TABLE calls ADD COLUMN modalities TEXT NOT NULL DEFAULT 'text'",
+        "ALTER TABLE calls ADD COLUMN features TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE calls ADD COLUMN max_tokens INTEGER NOT NULL DEFAULT 0",
+    ),
+)
+
+M010_ADD_USAGE_DETAILS = Migration(
+    "m010_add_usage_details",
+    (
+        # spoken and cache-write tokens have prices of their own
+        "ALTER TABLE calls ADD COLUMN output_audio_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE calls ADD COLUMN cache_write_tokens INTEGER NOT NULL DEFAULT 0",
+    ),
+)
+
+M011_CREATE_HOURS = Migration(
+    "m011_create_hours",
+    (
+        """
+        CREATE TABLE hours (
+            hour INTEGER NOT NULL,
+            alias TEXT NOT NULL,
+            target TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            failed INTEGER NOT NULL,
+            priced INTEGER NOT NULL,
+            prompt_tokens REAL NOT NULL,
+            completion_tokens REAL NOT NULL,
+            cached_tokens REAL NOT NULL,
+            cost_usd REAL NOT NULL,
+            total_s REAL NOT NULL,
+            PRIMARY KEY (hour, alias, target)
+        ) WITHOUT ROWID
+        """,
+        # a cast cuts in SQLite and rounds in PostgreSQL; taking one off where it is too large floors in both
+        """
+        INSERT INTO hours
+        SELECT
+            CAST(at / 3600 AS INTEGER) - CASE WHEN CAST(at / 3600 AS INTEGER) * 3600 > at THEN 1 ELSE 0 END,
+            alias, target, COUNT(*), SUM(CASE WHEN status >= 400 THEN 1 ELSE 0 END), COUNT(cost_usd),
+            COALESCE(SUM(prompt_tokens * 1.0), 0), COALESCE(SUM(completion_tokens * 1.0), 0),
+            COALESCE(SUM(cached_tokens * 1.0), 0), COALESCE(SUM(cost_usd), 0), SUM(total_s)
+        FROM calls GROUP BY 1, 2, 3
+        """,
+    ),
+)
+
+M012_FIND_FAILURES_AND_TASKS = Migration(
+    "m012_find_failures_and_tasks",
+    (
+        # partial: failures and tasked calls are few, so these cost nothing on the others
+        "CREATE INDEX calls_failed ON calls (key) WHERE status >= 400",
+        "CREATE INDEX calls_failed_by_alias ON calls (alias, key) WHERE status >= 400",
+        "CREATE INDEX calls_by_task ON calls (task_id, key) WHERE task_id <> ''",
+    ),
+)
+
+M013_FIND_FAILURES_BY_STATUS = Migration(
+    "m013_find_failures_by_status",
+    (
+        # with the status in the index, looking for one of them opens no other row
+        "DROP INDEX calls_failed",
+        "DROP INDEX calls_failed_by_alias",
+        "CREATE INDEX calls_failed ON calls (key, status) WHERE status >= 400",
+        "CREATE INDEX calls_failed_by_alias ON calls (alias, key, status) WHERE status >= 400",
+    ),
+)
+
+M014_ADD_RETENTION = Migration(
+    "m014_add_retention",
+    (
+        # which blob names which lifted one; without it a text in use could not be told from a forgotten one
+        "CREATE TABLE lifts (blob INTEGER NOT NULL, lifted INTEGER NOT NULL, PRIMARY KEY (blob, lifted)) "
+        "WITHOUT ROWID",
+        "CREATE INDEX lifts_by_lifted ON lifts (lifted, blob)",
+        # of the blobs there so far it is not known: this row says up to where, and they are never deleted
+        "INSERT INTO lifts SELECT 0, MAX(id) FROM blobs HAVING COUNT(*) > 0",
+        # partial: most conversations are one blob long
+        "CREATE INDEX blobs_by_parent ON blobs (parent) WHERE parent <> 0",
+        "CREATE TABLE released (blob INTEGER PRIMARY KEY)",
+    ),
+)
+
+HISTORY = (
+    M001_CREATE_CALLS,
+    M002_CREATE_BLOBS,
+    M003_CREATE_ATTEMPTS,
+    M004_CREATE_SEGMENTS,
+    M005_CREATE_FEEDBACK,
+    M006_CREATE_ROUTES,
+    M007_CREATE_KEYS,
+    M008_ADD_COST,
+    M009_ADD_SHAPE,
+    M010_ADD_USAGE_DETAILS,
+    M011_CREATE_HOURS,
+    M012_FIND_FAILURES_AND_TASKS,
+    M013_FIND_FAILURES_BY_STATUS,
+    M014_ADD_RETENTION,
+)
+
+
+def migrate(database: Database, upto: int = len(HISTORY)) -> int:
+    """Apply what is missing, all in one transaction; returns the schema's version.
+
+    ``upto`` stops early: how tests write a store as an older version left it. Raises StoreError for a schema
+    newer than this program and for a database that holds somebody else's tables.
+    """
+    if (version := schema_version(database)) == upto:
+        return version
+    with database.transaction(durable=True):
+        version = schema_version(database)  # again: another process may have been first
+        _refuse_newer(database, version)
+        if version == 0:
+            _refuse_foreign(database)
+            database.execute(
+                "CREATE TABLE schema_history (version INTEGER PRIMARY KEY, name TEXT NOT NULL, "
+                "applied_at REAL NOT NULL)"
+            )
+        for number, step in enumerate(HISTORY[version:upto], start=version + 1):
+            for statement in step.statements:
+                database.execute(statement)
+            database.execute("INSERT INTO schema_history VALUES (?, ?, ?)", (number, step.name, time.time()))
+    return max(version, upto)
+
+
+def schema_version(database: Database) -> int:
+    """Number of the last step applied; 0 for an empty database."""
+    if "schema_history" not in database.tables():
+        return 0
+    return int(database.query("SELECT MAX(version) FROM schema_history")[0][0])
+
+
+def _refuse_newer(database: Database, version: int) -> None:
+    if version > len(HISTORY):
+        raise StoreError(
+            f"{database.name} has schema version {version}, written by a newer Understudy",
+            expected=f"version {len(HISTORY)} or older",
+            next_step="pip install --upgrade understudy, or point [store] url elsewhere",
+        )
+
+
+def _refuse_foreign(database: Database) -> None:
+    foreign = sorted(database.tables() & {"calls", "blobs", "routes", "keys", "feedback", "segments"})
+    if foreign:
+        raise StoreError(
+            f"{database.name} already holds tables that are not ours: {', '.join(foreign)}",
+            expected="an empty database, or one made by Understudy",
+            next_step="point [store] url in understudy.toml elsewhere",
+        )

@@ -1,0 +1,97 @@
+"""What is recorded of one call, and what is said of it afterwards.
+
+These structs are the payload of a segment's frames and the input of the indexer. They ignore framing
+(segments) and tables (store).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Literal
+
+import msgspec
+
+from understudy.protocol import Usage
+
+Route = Literal["chat.completions", "completions", "embeddings", "responses", "messages"]
+Billed = Literal["yes", "no", "unknown"]
+"""Whether the vendor charges for an attempt, as far as can be known."""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One try at an upstream."""
+
+    target: str
+    """ENDPOINT/MODEL."""
+    status: int
+    """HTTP status; 0 when no status line came back."""
+    billed: Billed
+    started: float
+    """Unix seconds."""
+    ended: float
+    error: str = ""
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="call"):
+    """One call of an application, with the bytes that went in and out."""
+
+    key: str
+    """Our own UUIDv7 (hex); never a provider's id."""
+    at: float
+    """Unix seconds at which the request was complete."""
+    route: Route
+    alias: str
+    """The model name the application asked for."""
+    target: str
+    """ENDPOINT/MODEL that answered, or the last one tried."""
+    status: int
+    """Status the client got; 499 when the client went away first."""
+    stream: bool = False
+    request: bytes = b""
+    """The request body as received; empty under `record = "metadata"`."""
+    response: bytes = b""
+    """The answer's body as relayed: JSON, or the server-sent events byte for byte."""
+    attempts: list[Attempt] = []
+    answered_by: str = ""
+    """The model id named in the answer: shows a swap behind a name."""
+    usage: Usage | None = None
+    usage_estimated: bool = False
+    """True when the stream was cut before the vendor said."""
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    finish_reason: str = ""
+    task_id: str = ""
+    """Header x-task-id."""
+    tags: dict[str, str] = {}
+    """Header x-tags: a=b,c=d."""
+    caller: str = ""
+    """Id of the Understudy key used."""
+
+
+class Feedback(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="feedback"):
+    """What somebody said of a recorded call."""
+
+    key: str
+    """UUIDv7 of this feedback."""
+    call: str
+    """Key of the call."""
+    at: float
+    metric: str = "expected"
+    """Name of what is said; ``expected`` carries the right answer, others a number."""
+    value: float | None = None
+    """In [0, 1] for grades and successes."""
+    expected: str = ""
+    """The right answer, where known."""
+    comment: str = ""
+
+
+Record = Call | Feedback
+
+
+def new_key() -> str:
+    """A UUIDv7 (RFC 9562 §5.7) in 32 hex digits: sortable by time, ours alone."""
+    stamp = time.time_ns() // 1_000_000
+    noise = int.from_bytes(os.urandom(10))
+    top = (stamp << 80) | (0x7 << 76) | ((noise >> 68) & 0xFFF) << 64
+    return f"{top | (0b10 << 62) | (noise & ((1 << 62) - 1)):032x}"

@@ -1,0 +1,231 @@
+"""A recorded call as a row of the table ``calls``, and back.
+
+It ignores texts (shelf) and queries (store). Whatever a caller or a vendor sent must fit a row: numbers are
+bounded and text is made valid, for one record that cannot be stored would stop all that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import msgspec
+
+from understudy.protocol import (
+    CallShape,
+    Cost,
+    Json,
+    Modality,
+    Usage,
+    features_of,
+    modalities_of,
+    prompt_hash,
+)
+from understudy.traffic.record import Attempt, Call, Feedback, Route
+from understudy.traffic.shelf import Bodies, Place
+
+LARGEST = 2**53
+"""Counts beyond this are cut: no model has read as many tokens, and a signed 64-bit column still holds it."""
+
+USAGE_COLUMNS = (
+    "prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, audio_tokens, output_audio_tokens, "
+    "cache_write_tokens"
+)
+CALL_COLUMNS = (
+    f"key, at, alias, target, answered_by, route, status, stream, usage_estimated, ttft_s, total_s, "
+    f"finish_reason, task_id, tags, caller, cost_usd, price_date, price_source, {USAGE_COLUMNS}, "
+    f"prompt_hash, modalities, features, max_tokens, frame, messages, response"
+)
+ATTEMPT_COLUMNS = "call, number, target, status, billed, started, ended, error"
+FEEDBACK_COLUMNS = "key, call, at, metric, value, expected, comment"
+
+
+_UNREADABLE = (
+    msgspec.MsgspecError,
+    UnicodeDecodeError,
+    RecursionError,  # thousands of brackets
+    TypeError,
+    ValueError,
+    AttributeError,
+    KeyError,
+)
+"""What a request in another form than the protocol's may raise while it is read."""
+
+
+class Shape(NamedTuple):
+    """What a request asks for; the text is not here."""
+
+    prompt_hash: str = ""
+    """SHA-256 (hex), see `protocol.prompt_hash`; empty when the request was not recorded."""
+    modalities: frozenset[Modality] = frozenset({"text"})
+    features: frozenset[str] = frozenset()
+    max_tokens: int = 0
+
+
+class StoredCall(NamedTuple):
+    """A call as the store knows it. ``call.request`` and ``call.response`` are empty unless texts were
+    asked for."""
+
+    call: Call
+    cost: Cost | None
+    """None when no price is known."""
+    shape: Shape
+
+
+def shape_of(call: Call) -> Shape:
+    """Read the shape of a recorded request. What is not in the protocol's form has only what is known."""
+    bare = Shape(features=frozenset({"stream"}) if call.stream else frozenset())
+    if not call.request:
+        return bare
+    try:
+        request = msgspec.json.decode(call.request, type=dict[str, Any])
+        return Shape(prompt_hash(request), modalities_of(request), features_of(request), _limit(request))
+    except _UNREADABLE:
+        return bare
+
+
+def call_row(call: Call, cost: Cost | None, shape: Shape, place: Place) -> tuple[Any, ...]:
+    """Values in the order of `CALL_COLUMNS`."""
+    usage = call.usage
+    counts = (None,) * 5 + (0, 0) if usage is None else _counts(usage)
+    return (
+        call.key,
+        call.at,
+        _text(call.alias),
+        _text(call.target),
+        _text(call.answered_by),
+        call.route,
+        call.status,
+        int(call.stream),
+        int(call.usage_estimated),
+        call.ttft_s,
+        call.total_s,
+        _text(call.finish_reason),
+        _text(call.task_id),
+        _text(msgspec.json.encode(call.tags).decode()) if call.tags else "",
+        _text(call.caller),
+        *((cost.usd, cost.price_date, cost.source) if cost else (None, "", "")),
+        *counts,
+        bytes.fromhex(shape.prompt_hash) or None,
+        ",".join(sorted(shape.modalities)),
+        ",".join(sorted(shape.features)),
+        _bounded(shape.max_tokens),
+        *place,
+    )
+
+
+def attempt_rows(call: Call) -> list[tuple[Any, ...]]:
+    """Values in the order of `ATTEMPT_COLUMNS`."""
+    return [
+        (call.key, n, _text(a.target), a.status, a.billed, a.started, a.ended, _text(a.error))
+        for n, a in enumerate(call.attempts)
+    ]
+
+
+def feedback_row(feedback: Feedback) -> tuple[Any, ...]:
+    """Values in the order of `FEEDBACK_COLUMNS`."""
+    f = feedback
+    return (f.key, _text(f.call), f.at, _text(f.metric), f.value, _text(f.expected), _text(f.comment))
+
+
+def stored_call(row: Sequence[Any], attempts: list[Attempt], bodies: Bodies) -> StoredCall:
+    """The inverse of `call_row`."""
+    call = Call(
+        key=row[0],
+        at=row[1],
+        alias=row[2],
+        target=row[3],
+        answered_by=row[4],
+        route=cast(Route, row[5]),
+        status=row[6],
+        stream=bool(row[7]),
+        usage_estimated=bool(row[8]),
+        ttft_s=row[9],
+        total_s=row[10],
+        finish_reason=row[11],
+        task_id=row[12],
+        tags=msgspec.json.decode(row[13], type=dict[str, str]) if row[13] else {},
+        caller=row[14],
+        usage=usage_of_row(row[18:25]),
+        attempts=attempts,
+        request=bodies.request,
+        response=bodies.response,
+    )
+    cost = None if row[15] is None else Cost(row[15], row[16], row[17])
+    return StoredCall(call, cost, _shape(row[25:29]))
+
+
+def call_shape(row: Sequence[Any], completed: bool | None) -> CallShape:
+    """What planning needs; ``row`` is key, at, modalities, features, max_tokens, task, `USAGE_COLUMNS`."""
+    return CallShape(
+        at=row[1],
+        usage=usage_of_row(row[6:]) or Usage(),
+        modalities=cast(frozenset[Modality], words(row[2])),
+        features=words(row[3]),
+        max_tokens=row[4],
+        task=row[5],
+        completed=completed,
+    )
+
+
+def usage_of_row(counts: Sequence[int | None]) -> Usage | None:
+    """Usage from `USAGE_COLUMNS`; None where the vendor said nothing."""
+    if counts[0] is None:
+        return None
+    return Usage(
+        prompt_tokens=counts[0],
+        completion_tokens=counts[1] or 0,
+        cached_tokens=counts[2] or 0,
+        reasoning_tokens=counts[3] or 0,
+        audio_tokens=counts[4] or 0,
+        output_audio_tokens=counts[5] or 0,
+        cache_write_tokens=counts[6] or 0,
+    )
+
+
+def place_of_row(row: Sequence[Any]) -> Place:
+    """Where the bodies of a row of `CALL_COLUMNS` lie."""
+    return Place(row[29], row[30], row[31])
+
+
+@lru_cache(maxsize=1024)
+def words(column: str) -> frozenset[str]:
+    """A set kept as comma-separated text."""
+    return frozenset(column.split(",")) if column else frozenset()
+
+
+def _shape(row: Sequence[Any]) -> Shape:
+    hashed = "" if row[0] is None else bytes(row[0]).hex()
+    return Shape(hashed, cast(frozenset[Modality], words(row[1])), words(row[2]), row[3])
+
+
+def _limit(request: Json) -> int:
+    for name in ("max_completion_tokens", "max_tokens", "max_output_tokens"):
+        if request.get(name):
+            return int(request[name])
+    return 0
+
+
+def _counts(usage: Usage) -> tuple[int, ...]:
+    return tuple(
+        _bounded(count)
+        for count in (
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            usage.cached_tokens,
+            usage.reasoning_tokens,
+            usage.audio_tokens,
+            usage.output_audio_tokens,
+            usage.cache_write_tokens,
+        )
+    )
+
+
+def _bounded(count: int) -> int:
+    return min(max(int(count), 0), LARGEST)
+
+
+def _text(value: str) -> str:
+    """Valid UTF-8 without NUL, which PostgreSQL refuses in text."""
+    return value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")

@@ -1,0 +1,171 @@
+"""What evaluation, training and planning read from recorded traffic.
+
+An `Exchange` is a call that got an answer, with what was said of it; the split keeps equal prompts on one
+side. It ignores how a candidate is asked (evaluate) and how a chat is tokenised (compress).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import msgspec
+
+from understudy.protocol import CallShape, Json, Usage, answer_text, assemble_stream
+from understudy.traffic.record import Feedback
+from understudy.traffic.store import Store, StoredCall
+
+PAGE = 250
+
+
+class Exchange(NamedTuple):
+    """A recorded call as evaluation and training need it."""
+
+    key: str
+    at: float
+    """Unix seconds."""
+    alias: str
+    target: str
+    request: Json
+    body: Json
+    """The answer; for a stream the assembled completion."""
+    answer: str
+    """The first choice's text."""
+    expected: str | None
+    """The right answer, where feedback gave one; the last word counts."""
+    grades: dict[str, float]
+    """Metric to its last value."""
+    task_id: str
+    tags: dict[str, str]
+    prompt_hash: str
+    usage: Usage | None
+    status: int
+    total_s: float
+    ttft_s: float
+
+
+class Split(NamedTuple):
+    """Exchanges to train on, and those no training may see."""
+
+    train: list[Exchange]
+    held_out: list[Exchange]
+
+
+def exchanges(
+    store: Store, alias: str | None, *, since: float | None = None, only_ok: bool = True
+) -> list[Exchange]:
+    """Recorded chat calls of an alias (None: of all) with their texts, in order of time.
+
+    Calls recorded without texts, or whose request or answer is not JSON, are left out, for nothing can be
+    replayed or learnt from them.
+    """
+    found: list[Exchange] = []
+    calls = store.calls(alias=alias, since=since, ok=True if only_ok else None, texts=True)
+    for page in _pages(calls):
+        said = _by_call(store.feedback([c.call.key for c in page]))
+        read = (_exchange(c, said.get(c.call.key, [])) for c in page)
+        found += [exchange for exchange in read if exchange is not None]
+    return found
+
+
+def split(sample: Iterable[Exchange], held_out: float) -> Split:
+    """Divide by prompt: the same prompt always falls on the same side, whatever else is in the sample.
+
+    ``held_out`` is the expected share of distinct prompts, in [0, 1]. The side is the prompt's SHA-256 as
+    a fraction, so more traffic never moves a prompt across.
+    """
+    parts = Split([], [])
+    for exchange in sample:
+        parts.held_out.append(exchange) if _fraction(exchange) < held_out else parts.train.append(exchange)
+    return parts
+
+
+def chats(sample: Iterable[Exchange]) -> list[list[Json]]:
+    """Messages with the recorded answer as the last one; calls that are no chat are left out."""
+    return [
+        [*exchange.request["messages"], message]
+        for exchange in sample
+        if exchange.request.get("messages") and (message := _answered(exchange.body))
+    ]
+
+
+def shapes(store: Store, alias: str | None = None, *, since: float | None = None) -> list[CallShape]:
+    """The shape of every answered call of an alias (None: of all), without opening a text."""
+    return store.shapes(alias=alias, since=since)
+
+
+def sample_hash(sample: Iterable[Exchange]) -> str:
+    """SHA-256 (hex) over keys, prompts, answers and expected answers: names a sample in a certificate."""
+    digest = hashlib.sha256()
+    for e in sample:
+        digest.update(msgspec.json.encode([e.key, e.prompt_hash, e.answer, e.expected]) + b"\n")
+    return digest.hexdigest()
+
+
+def _exchange(stored: StoredCall, said: Sequence[Feedback]) -> Exchange | None:
+    call = stored.call
+    request, body = _json(call.request), answer_body(call.response, call.stream)
+    if request is None or body is None:
+        return None
+    expected = [f.expected for f in said if f.expected]
+    return Exchange(
+        key=call.key,
+        at=call.at,
+        alias=call.alias,
+        target=call.target,
+        request=request,
+        body=body,
+        answer=answer_text(body),
+        expected=expected[-1] if expected else None,
+        grades={f.metric: f.value for f in said if f.value is not None},
+        task_id=call.task_id,
+        tags=call.tags,
+        prompt_hash=stored.shape.prompt_hash,
+        usage=call.usage,
+        status=call.status,
+        total_s=call.total_s,
+        ttft_s=call.ttft_s,
+    )
+
+
+def answer_body(response: bytes, stream: bool) -> Json | None:
+    """The JSON of a recorded answer, a stream assembled; None for what is no JSON."""
+    # an error answers a streaming request with plain JSON
+    if stream and not response.lstrip().startswith(b"{"):
+        return assemble_stream(response)
+    return _json(response)
+
+
+def _json(raw: bytes) -> Json | None:
+    try:
+        return msgspec.json.decode(raw, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _answered(body: Json) -> Json | None:
+    choices = cast(list[Json], body.get("choices") or [])
+    return cast(Json, choices[0]["message"]) if choices and "message" in choices[0] else None
+
+
+def _fraction(exchange: Exchange) -> float:
+    return int(exchange.prompt_hash[:13] or "0", 16) / 16**13
+
+
+def _by_call(said: Iterable[Feedback]) -> dict[str, list[Feedback]]:
+    by_call: dict[str, list[Feedback]] = {}
+    for feedback in said:
+        by_call.setdefault(feedback.call, []).append(feedback)
+    return by_call
+
+
+def _pages(calls: Iterator[StoredCall]) -> Iterator[list[StoredCall]]:
+    page: list[StoredCall] = []
+    for call in calls:
+        page.append(call)
+        if len(page) == PAGE:
+            yield page
+            page = []
+    if page:
+        yield page

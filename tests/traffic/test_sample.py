@@ -1,0 +1,103 @@
+"""Exchanges, the split by prompt, chats, and the hash that names a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from understudy.traffic.record import Call, Feedback, new_key
+from understudy.traffic.sample import Exchange, chats, exchanges, sample_hash, shapes, split
+from understudy.traffic.store import Store
+
+MakeCall = Callable[..., Call]
+
+STREAM = b"""data: {"choices":[{"index":0,"delta":{"role":"assistant","content":"ye"}}]}
+
+data: {"choices":[{"index":0,"delta":{"content":"s"},"finish_reason":"stop"}]}
+
+data: [DONE]
+
+"""
+
+
+def exchange(prompt_hash: str, answer: str = "a") -> Exchange:
+    return Exchange(
+        key=new_key(),
+        at=0.0,
+        alias="a",
+        target="o/m",
+        request={},
+        body={},
+        answer=answer,
+        expected=None,
+        grades={},
+        task_id="",
+        tags={},
+        prompt_hash=prompt_hash,
+        usage=None,
+        status=200,
+        total_s=0.0,
+        ttft_s=0.0,
+    )
+
+
+def test_an_exchange_has_the_answer_and_what_was_said_of_it(store: Store, make_call: MakeCall) -> None:
+    streamed = make_call(response=STREAM, stream=True)
+    plain = make_call(answer="no")
+    said = [
+        Feedback(key=new_key(), call=plain.key, at=1.0, expected="maybe"),
+        Feedback(key=new_key(), call=plain.key, at=2.0, expected="yes"),
+        Feedback(key=new_key(), call=plain.key, at=3.0, metric="helpful", value=0.5),
+    ]
+    broken = make_call(response=b"<html>")
+    hidden = make_call(request=b"", response=b"")
+    failed = make_call(status=500, response=b'{"error": {"message": "overloaded"}}', stream=True)
+    store.insert([streamed, plain, *said, broken, hidden, failed], "s", 1)
+    first, second = exchanges(store, "assistant")
+    assert (first.answer, first.expected, first.body["choices"][0]["finish_reason"]) == ("yes", None, "stop")
+    assert (second.answer, second.expected, second.grades) == ("no", "yes", {"helpful": 0.5})
+    assert first.prompt_hash == second.prompt_hash
+    assert exchanges(store, "assistant", only_ok=False)[-1].body["error"]["message"] == "overloaded"
+    assert exchanges(store, "other") == []
+    assert len(exchanges(store, None)) == 2
+    assert len(shapes(store, "assistant")) == 4
+
+
+def test_chats_end_with_the_recorded_answer(store: Store, make_call: MakeCall) -> None:
+    store.insert([make_call(answer="no"), make_call(response=b'{"choices": []}')], "s", 1)
+    assert chats(exchanges(store, "assistant")) == [
+        [{"role": "user", "content": "Is the sky blue?"}, {"role": "assistant", "content": "no"}]
+    ]
+
+
+@given(st.lists(st.integers(0, 40), max_size=60), st.floats(0.05, 0.95))
+@settings(max_examples=100)
+def test_equal_prompts_never_stand_on_both_sides(prompts: list[int], held_out: float) -> None:
+    sample = [exchange(f"{hash((p, 'x')) & (2**256 - 1):064x}") for p in prompts]
+    parts = split(sample, held_out)
+    assert len(parts.train) + len(parts.held_out) == len(sample)
+    assert not {e.prompt_hash for e in parts.train} & {e.prompt_hash for e in parts.held_out}
+    alone = [split([e], held_out).held_out for e in sample]
+    assert [e for one in alone for e in one] == parts.held_out
+
+
+def test_the_split_has_the_share_asked_for(store: Store, make_call: MakeCall) -> None:
+    store.insert([make_call(prompt=f"question {n}") for n in range(2000)], "s", 1)
+    held_out = len(split(exchanges(store, "assistant"), 0.3).held_out)
+    assert abs(held_out - 600) < 4 * (2000 * 0.3 * 0.7) ** 0.5  # four standard deviations
+
+
+def test_the_hash_sees_every_answer_and_is_order_true() -> None:
+    one, two = exchange("a1", "yes"), exchange("b2", "no")
+    assert sample_hash([one, two]) == sample_hash([one, two])
+    changed = [two._replace(answer="yes"), two._replace(expected="x"), two._replace(prompt_hash="c")]
+    assert len({sample_hash([one, t]) for t in [two, *changed]} | {sample_hash([two, one])}) == 5
+
+
+def test_a_metadata_record_still_has_a_shape(store: Store, make_call: MakeCall) -> None:
+    store.insert([make_call(request=b"", response=b"", stream=True)], "s", 1)
+    assert shapes(store)[0].features == {"stream"}
+    assert msgspec.json.encode(shapes(store)[0].usage) == b'{"prompt_tokens":12,"completion_tokens":3}'
