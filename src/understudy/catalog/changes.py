@@ -1,0 +1,62 @@
+"""What requests must change in for another model: parameters renamed, refused, ignored or read otherwise.
+
+The rules are facts with a source (``data/parameters.json``), counted on your own calls. It ignores what the
+gateway does about them (gateway.request).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import msgspec
+
+from understudy.catalog.facts import DATA, ModelFacts
+from understudy.catalog.workload import Workload
+
+ANY = "any"
+"""A rule for every call."""
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """One difference of some models from the OpenAI protocol."""
+
+    models: str
+    """Regular expression for VENDOR/MODEL."""
+    feature: str
+    """Which calls it meets: of `CallShape.features`, ``max_tokens``, or `ANY`."""
+    change: str
+    source: str
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One thing to change, and how many recorded calls it meets."""
+
+    text: str
+    calls: int
+    source: str
+
+
+def changes(facts: ModelFacts, leaving: ModelFacts, load: Workload) -> tuple[Change, ...]:
+    """What must change between two models; what the old one already demanded is not told again."""
+    found = [
+        Change(rule.change, calls, rule.source)
+        for rule in _rules()
+        if re.fullmatch(rule.models, facts.id)
+        and not re.fullmatch(rule.models, leaving.id)
+        and (calls := load.needing(rule.feature))
+    ]
+    lacks, lacked = (f.lacks.value if f.lacks else frozenset[str]() for f in (facts, leaving))
+    if "temperature" in lacks - lacked and facts.lacks:
+        found.append(Change("temperature and top_p are refused", len(load), facts.lacks.source))
+    thinks, thought = ("reasoning" in f.features.value if f.features else False for f in (facts, leaving))
+    if thinks and not thought and facts.features:
+        text = "it can think before it answers: then answers cost more tokens, and limits must leave room"
+        found.append(Change(text, len(load), facts.features.source))
+    return tuple(dict.fromkeys(found))
+
+
+@cache
+def _rules() -> list[Rule]:
+    document = msgspec.json.decode((DATA / "parameters.json").read_bytes(), type=dict[str, object])
+    return msgspec.convert(document["rules"], list[Rule])

@@ -1,0 +1,491 @@
+"""What could take over from a model, ranked on the traffic it really has.
+
+For each candidate: which share of the recorded calls it could answer at all (context, output length, rate,
+modalities, features), what they would cost and take in energy, what requests must change in, and how long it
+will live. It ignores whether the answers would
+be any good: that is proven, not planned (evaluate).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from understudy.catalog.changes import Change, changes
+from understudy.catalog.facts import OVERLAY, RESELLERS, RULE, Catalog, ModelFacts, family_of
+from understudy.catalog.forecast import Forecast, forecast
+from understudy.catalog.prices import Rates, rates_at
+from understudy.catalog.tiers import Condition, tier_of
+from understudy.catalog.watch import days_until
+from understudy.catalog.workload import Group, Workload
+from understudy.errors import InputError
+from understudy.protocol import CallShape
+
+TOKENIZER_BOUND = 1.3
+"""A text has at most this many times as many tokens with another vendor's tokenizer: taken for the fit, since
+the candidate's own tokenizer is seldom at hand."""
+CERTAIN = frozenset({"tools", "json_schema"})
+"""Features that a list in the overlay denies by leaving them out."""
+TAKEN_FOR_GRANTED = frozenset({"stream", "system", "stop"})
+"""Features every chat endpoint has."""
+SAFE_DAYS = 365
+"""A candidate that retires sooner ranks behind all that do not."""
+Key = Literal["fit", "life", "verified", "cost", "risk", "score", "latency", "energy"]
+KEYS: dict[Key, str] = {
+    "fit": "the larger share of calls that fit",
+    "life": "no retirement announced within a year",
+    "verified": "fewer needs that nobody speaks of",
+    "cost": "the lower cost of this traffic per month (unknown last)",
+    "risk": "the lower forecast of retirement within a year (unknown last)",
+    "score": "the higher MMLU (unknown last)",
+    "latency": "the faster in your own traffic (unknown last)",
+    "energy": "the less energy (unknown last)",
+}
+"""What candidates may be ranked by."""
+RANK_BY: tuple[Key, ...] = ("fit", "life", "verified", "cost")
+
+
+class Latency(msgspec.Struct, frozen=True):
+    """How fast a model has been for you, in medians."""
+
+    ttft_s: float
+    total_s: float
+    tokens_per_s: float
+    """Of the answer, over the whole call."""
+    calls: int
+
+
+class TokenRatio(msgspec.Struct, frozen=True):
+    """How many tokens a candidate's tokenizer makes of what was recorded, per token recorded."""
+
+    mean: float
+    most: float
+    """Of one call."""
+    calls: int
+    """Counted."""
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One model, weighed on the traffic."""
+
+    model: str
+    fitting: int
+    """Calls it could answer."""
+    share: float
+    """The same as a share of all calls, in [0, 1]."""
+    misfits: dict[str, int]
+    """Reason to the calls that break for it; a call may break for several."""
+    unverified: tuple[str, ...]
+    """What the traffic needs and nobody says of the model."""
+    usd_per_month: float | None
+    """Cost of all recorded calls at this model's price today; None when no price is known."""
+    usd_per_call: float | None
+    usd_per_task: float | None
+    """Per completed task, if it completes as many; None also when no task was reported as completed."""
+    usd_per_million_tokens: float | None
+    """Over this traffic's own mix of tokens."""
+    price_source: str
+    retires: dt.date | None
+    days_left: int | None
+    context_window: int | None
+    output_limit: int | None
+    modalities: tuple[str, ...]
+    parameters: int | None
+    licence: str
+    open_weights: bool | None
+    scores: dict[str, float]
+    tier: str = ""
+    """Class by `[catalog] tiers`."""
+    tokens: str = ""
+    """How its tokens were reckoned: counted, taken as the same, or bounded."""
+    usd_low: float | None = None
+    """10th percentile of a month's cost, from the traffic's own variation; None for under five days."""
+    usd_high: float | None = None
+    """90th percentile."""
+    usd_per_month_uncached: float | None = None
+    """If nothing were cached."""
+    usd_per_month_batch: float | None = None
+    """If the calls that are not streamed went by batch; None where no batch price is known."""
+    kwh_per_month: tuple[float, float] | None = None
+    """Energy of the answers, lower and upper end of ecologits' estimate."""
+    kg_co2e_per_month: tuple[float, float] | None = None
+    latency: Latency | None = None
+    forecast: Forecast | None = None
+    """Where no end is announced."""
+    changes: tuple[Change, ...] = ()
+    """What requests must change in."""
+    best_use: str = ""
+    """What it is the best of the fitting candidates for; empty when it leads in nothing."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer: who could take over from ``incumbent``, ranked, and who could not."""
+
+    made_at: float
+    """Unix seconds."""
+    incumbent: Candidate
+    successor: str
+    """What the vendor names as replacement; empty when it names nothing."""
+    calls: int
+    window_days: float
+    """Time over which the calls were recorded, at least a day; monthly figures are scaled by it."""
+    tokens: int
+    completed_tasks: int
+    candidates: tuple[Candidate, ...]
+    """Best first, by `ranking`."""
+    excluded: tuple[Candidate, ...]
+    """Those that break more calls than tolerated, or are gone already; the nearest to fitting first."""
+    tolerance: float
+    """Share of calls that may break."""
+    ranking: str
+    assumptions: tuple[str, ...]
+    catalog_read: dt.date
+    """Day of the snapshot."""
+    catalog_stale_days: int
+    """0 while the snapshot is fresh."""
+    lock_in: float = 0.0
+    """Share of calls whose needs, as far as any vendor tells its features, only one vendor meets."""
+    locked_by: tuple[str, ...] = ()
+    """Those needs."""
+    vendors: int = 0
+    """Vendors among the candidates that fit."""
+    peak_tokens_per_minute: int = 0
+    """The busiest minute recorded."""
+    batchable: float = 0.0
+    """Share of calls that are not streamed."""
+
+
+ASSUMPTIONS = (
+    f"another vendor's tokenizer makes at most {TOKENIZER_BOUND} times as many tokens (for fit, not cost); "
+    "where the overlay names a tokenizer, calls are counted with it, for both",
+    "costs are those of the recorded tokens, at the list price of today unless the overlay says otherwise",
+    "what came from a cache comes from the candidate's too; calls that do not stream could wait for a batch",
+    "a month's p10–p90 takes days as independent",
+    "a candidate writes as many answer tokens as the incumbent did: one that thinks writes more",
+    "energy is that of the answers only, as ecologits estimates it: a range, not a measurement",
+    "a candidate completes as many tasks as the incumbent did",
+    f"where sources disagree: {RULE}",
+)
+
+
+def make_plan(
+    catalog: Catalog,
+    incumbent: str,
+    shapes: Sequence[CallShape],
+    candidates: Iterable[str] | None = None,
+    *,
+    now: float,
+    tolerance: float = 0.0,
+    rank: Sequence[Key] = RANK_BY,
+    tiers: Mapping[str, Sequence[Condition]] | None = None,
+    latencies: Mapping[str, Latency] | None = None,
+    ratios: Mapping[str, TokenRatio] | None = None,
+) -> Plan:
+    """Weigh candidates for ``incumbent`` (VENDOR/MODEL or target) on its recorded calls.
+
+    ``candidates`` None: every model with a known context window and price that is not a dated twin of
+    another, resellers left out. An ENDPOINT/MODEL nobody knows is weighed all the same, with everything
+    unverified. ``now`` is in Unix seconds. ``rank`` are keys of `KEYS`, the first deciding; ``latencies`` and
+    ``ratios`` are by model id of the catalog. Raises InputError for a bare model id that no source knows.
+    """
+    leaving = catalog.find(incumbent) or ModelFacts(id=incumbent)
+    load = Workload(shapes, now)
+    scale = _Scale(catalog, leaving, load, now, tiers or {}, latencies or {}, ratios or {})
+    named = [_known(catalog, c) for c in candidates] if candidates is not None else _all(catalog, now)
+    weighed = [scale.weigh(facts) for facts in named if facts.id != leaving.id]
+    weighed.sort(key=lambda c: (*(_RANK[key](c) for key in rank), c.model))
+    kept = [c for c in weighed if c.share >= 1 - tolerance and not _gone(c)]
+    fits = {c.model for c in kept}
+    lock_in, locked_by = _lock_in(catalog, load)
+    return Plan(
+        made_at=now,
+        incumbent=scale.weigh(leaving),
+        successor=leaving.successor.value if leaving.successor else "",
+        calls=len(load),
+        window_days=load.window_s / 86_400,
+        tokens=load.tokens,
+        completed_tasks=load.completed_tasks,
+        candidates=_with_best_uses(kept),
+        excluded=tuple(c for c in weighed if c.model not in fits),
+        tolerance=tolerance,
+        ranking="; ".join(f"{n}. {text}" for n, text in enumerate([*(KEYS[k] for k in rank), "the name"], 1)),
+        assumptions=ASSUMPTIONS,
+        catalog_read=catalog.read,
+        catalog_stale_days=catalog.stale_days(dt.datetime.fromtimestamp(now, dt.UTC).date()),
+        lock_in=lock_in,
+        locked_by=locked_by,
+        vendors=len({c.model.partition("/")[0] for c in kept}),
+        peak_tokens_per_minute=load.peak_tokens_per_minute,
+        batchable=load.batchable,
+    )
+
+
+def _known(catalog: Catalog, name: str) -> ModelFacts:
+    facts = catalog.find(name)
+    if facts is None and "/" in name:
+        return ModelFacts(id=name)
+    if facts is None:
+        raise InputError(
+            f"nothing is known of the candidate {name!r}",
+            expected="a model of the catalog (understudy models) or of your overlay",
+            next_step=f"add {name} to the YAML named by [catalog] overlay",
+        )
+    return facts
+
+
+def _all(catalog: Catalog, now: float) -> list[ModelFacts]:
+    return [
+        facts
+        for facts in catalog
+        if facts.context_window
+        and (facts.prices or facts.hosting)
+        and facts.vendor not in RESELLERS
+        and (family_of(facts.id) == facts.id or family_of(facts.id) not in catalog)
+        and not (facts.retires and days_until(facts.retires.value, now) <= 0)
+    ]
+
+
+class _Fit(NamedTuple):
+    fitting: int
+    misfits: dict[str, int]
+    unverified: tuple[str, ...]
+
+
+class _Scale(NamedTuple):
+    """What candidates are weighed with."""
+
+    catalog: Catalog
+    leaving: ModelFacts
+    load: Workload
+    now: float
+    tiers: Mapping[str, Sequence[Condition]]
+    latencies: Mapping[str, Latency]
+    ratios: Mapping[str, TokenRatio]
+
+    def weigh(self, facts: ModelFacts) -> Candidate:
+        load, ratio = self.load, self._ratio(facts)
+        fit = _fit(facts, load, ratio.most)
+        rates = rates_at(self.catalog, facts.id, self.now)
+        usd = None if rates is None else load.usd(rates) * ratio.mean
+        band = None if rates is None else load.usd_band(rates)
+        retires = facts.retires.value if facts.retires else None
+        energy = facts.energy.value if facts.energy else None
+        return Candidate(
+            model=facts.id,
+            fitting=fit.fitting,
+            share=fit.fitting / len(load) if len(load) else 1.0,
+            misfits=fit.misfits,
+            unverified=fit.unverified,
+            usd_per_month=_per(usd, load.months),
+            usd_per_call=_per(usd, len(load)),
+            usd_per_task=_per(usd, load.completed_tasks),
+            usd_per_million_tokens=_per(usd, load.tokens / 1e6),
+            price_source=_source(rates),
+            retires=retires,
+            days_left=days_until(retires, self.now) if retires else None,
+            context_window=facts.context_window.value if facts.context_window else None,
+            output_limit=facts.output_limit.value if facts.output_limit else None,
+            modalities=tuple(sorted(facts.inputs.value)) if facts.inputs else (),
+            parameters=facts.parameters.value if facts.parameters else None,
+            licence=facts.licence.value if facts.licence else "",
+            open_weights=facts.open_weights.value if facts.open_weights else None,
+            scores={benchmark: score.value for benchmark, score in facts.scores.items()},
+            tier=tier_of(facts, rates, self.tiers).tier if self.tiers else "",
+            tokens=self._tokens(facts),
+            usd_low=band[0] * ratio.mean if band else None,
+            usd_high=band[1] * ratio.mean if band else None,
+            usd_per_month_uncached=_per(None if rates is None else load.usd_uncached(rates), load.months),
+            usd_per_month_batch=_per(self._batch(facts, rates), load.months),
+            kwh_per_month=self._per_month(energy.kwh) if energy else None,
+            kg_co2e_per_month=self._per_month(energy.kg_co2e) if energy else None,
+            latency=self.latencies.get(facts.id),
+            forecast=forecast(self.catalog, facts, self.now),
+            changes=changes(facts, self.leaving, load) if facts.id != self.leaving.id else (),
+        )
+
+    def _ratio(self, facts: ModelFacts) -> TokenRatio:
+        if facts.id in self.ratios:
+            return self.ratios[facts.id]
+        return TokenRatio(1.0, 1.0 if facts.vendor == self.leaving.vendor else TOKENIZER_BOUND, 0)
+
+    def _tokens(self, facts: ModelFacts) -> str:
+        if ratio := self.ratios.get(facts.id):
+            return f"counted with its tokenizer on {ratio.calls} calls: {ratio.mean:.2f} per recorded token"
+        if facts.vendor == self.leaving.vendor:
+            return "as recorded: the same vendor"
+        return f"at most {TOKENIZER_BOUND} per recorded token"
+
+    def _batch(self, facts: ModelFacts, rates: Rates | None) -> float | None:
+        """Cost with what can wait sent by batch; None where the vendor has no batch price."""
+        cheaper = rates_at(self.catalog, facts.id, self.now, context={"processing": "batch"})
+        if rates is None or cheaper is None or cheaper.tiers == rates.tiers:
+            return None
+        return self.load.usd_batched(rates, cheaper)
+
+    def _per_month(self, per_million: tuple[float, float]) -> tuple[float, float]:
+        millions = self.load.answer_tokens / 1e6 / self.load.months
+        return per_million[0] * millions, per_million[1] * millions
+
+
+def _fit(facts: ModelFacts, load: Workload, bound: float) -> _Fit:
+    misfits: dict[str, int] = {}
+    unverified: dict[str, None] = {}
+    fitting = 0
+    for group in load.groups:
+        reasons = {word: len(group.calls) for word in _lacking(facts, group)}
+        unverified |= dict.fromkeys(_unknown(facts, group))
+        broken = len(group.calls) if reasons else _broken_by_length(facts, group, bound)
+        reasons |= _length_reasons(facts, group, bound)
+        fitting += len(group.calls) - broken
+        for word, count in reasons.items():
+            misfits[word] = misfits.get(word, 0) + count
+    if facts.tokens_per_minute:
+        misfits["rate"] = load.too_fast(facts.tokens_per_minute.value)
+        fitting = min(fitting, len(load) - misfits["rate"])
+    return _Fit(fitting, {w: n for w, n in misfits.items() if n}, tuple(unverified))
+
+
+def _lacking(facts: ModelFacts, group: Group) -> list[str]:
+    """Modalities and features that calls need and the model is known not to have."""
+    lacking: list[str] = []
+    if facts.inputs:
+        lacking += sorted(group.modalities - facts.inputs.value)
+    return lacking + sorted(group.features & _denied(facts))
+
+
+def _denied(facts: ModelFacts) -> frozenset[str]:
+    """Features the model is known not to have: a source says so, or the overlay's whole list omits them."""
+    denied = facts.lacks.value if facts.lacks else frozenset[str]()
+    if facts.features and facts.features.source.startswith(OVERLAY):
+        denied |= CERTAIN - facts.features.value
+    return denied
+
+
+def _unknown(facts: ModelFacts, group: Group) -> list[str]:
+    unknown = sorted(group.modalities - {"text"}) if facts.inputs is None else []
+    told = _denied(facts) | (facts.features.value if facts.features else frozenset[str]())
+    unknown += sorted(group.features - TAKEN_FOR_GRANTED - told)
+    if facts.context_window is None:
+        unknown.append("context")
+    return unknown
+
+
+def _length_reasons(facts: ModelFacts, group: Group, bound: float) -> dict[str, int]:
+    reasons: dict[str, int] = {}
+    if facts.context_window:
+        reasons["context"] = group.too_long(facts.context_window.value, bound)
+    if facts.output_limit:
+        reasons["output"] = group.too_verbose(facts.output_limit.value, bound)
+    return reasons
+
+
+def _broken_by_length(facts: ModelFacts, group: Group, bound: float) -> int:
+    reasons = [n for n in _length_reasons(facts, group, bound).values() if n]
+    if len(reasons) < 2:
+        return sum(reasons)
+    assert facts.context_window is not None
+    assert facts.output_limit is not None
+    return group.too_either(facts.context_window.value, facts.output_limit.value, bound)
+
+
+def _per(usd: float | None, count: float) -> float | None:
+    return None if usd is None or not count else usd / count
+
+
+def _source(rates: Rates | None) -> str:
+    if rates is None:
+        return ""
+    return f"{rates.source}, from {rates.start}" if rates.start else rates.source
+
+
+def _gone(candidate: Candidate) -> bool:
+    return candidate.days_left is not None and candidate.days_left <= 0
+
+
+def _known_first(value: float | None) -> float:
+    return float("inf") if value is None else value
+
+
+_RANK: dict[Key, Callable[[Candidate], float]] = {
+    "fit": lambda c: -c.share,
+    "life": lambda c: float(c.days_left is not None and c.days_left < SAFE_DAYS),
+    "verified": lambda c: len(c.unverified),
+    "cost": lambda c: _known_first(c.usd_per_month),
+    "risk": lambda c: _known_first(c.forecast.within(12).probability if c.forecast else None),
+    "score": lambda c: -max((s for name, s in c.scores.items() if name.startswith("MMLU")), default=-1.0),
+    "latency": lambda c: _known_first(c.latency.total_s if c.latency else None),
+    "energy": lambda c: _known_first(c.kwh_per_month[1] if c.kwh_per_month else None),
+}
+
+
+def _lock_in(catalog: Catalog, load: Workload) -> tuple[float, tuple[str, ...]]:
+    """Share of calls that only one vendor's living models can take, and their needs.
+
+    Only features that some source speaks of are looked at: one that nobody lists locks nobody in.
+    """
+    offers = [
+        (m.vendor, m.features.value, m.inputs.value if m.inputs else frozenset({"text"}))
+        for m in catalog
+        if m.features and m.vendor not in RESELLERS and not m.retires
+    ]
+    spoken = frozenset[str]().union(*(features for _, features, _ in offers))
+    locked = 0
+    needs: dict[str, None] = {}
+    for group in load.groups:
+        wanted = group.features & spoken
+        able = {v for v, features, inputs in offers if wanted <= features and group.modalities <= inputs}
+        if len(able) == 1:
+            locked += len(group.calls)
+            needs |= dict.fromkeys(sorted(wanted | (group.modalities - {"text"})))
+    return (locked / len(load) if len(load) else 0.0), tuple(needs)
+
+
+def _with_best_uses(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Candidates with the one thing each leads all others in, in the order a team would ask."""
+    leads: dict[str, str] = {}
+    for text, key in _LEADS:
+        ranked = [(value, c) for c in candidates if (value := key(c)) is not None]
+        if ranked:
+            value, best = min(ranked, key=lambda pair: (pair[0], pair[1].model))
+            leads.setdefault(best.model, text.format(abs(value)))
+    return tuple(msgspec.structs.replace(c, best_use=leads.get(c.model, "")) for c in candidates)
+
+
+_LEADS: tuple[tuple[str, Callable[[Candidate], float | None]], ...] = (
+    ("bulk work: the cheapest for this traffic, ${:,.2f} a month", lambda c: c.usd_per_month),
+    (
+        "hard questions: the highest MMLU, {:.1f}",
+        lambda c: -max((s for n, s in c.scores.items() if n.startswith("MMLU")), default=0.0) or None,
+    ),
+    (
+        "long documents: the largest context, {:,.0f} tokens",
+        lambda c: -c.context_window if c.context_window else None,
+    ),
+    (
+        "long answers: the largest output, {:,.0f} tokens",
+        lambda c: -c.output_limit if c.output_limit else None,
+    ),
+    (
+        "people waiting: the fastest in your own traffic, {:.2f} s",
+        lambda c: c.latency.total_s if c.latency else None,
+    ),
+    (
+        "nightly jobs: the cheapest with batches, ${:,.2f} a month",
+        lambda c: c.usd_per_month_batch,
+    ),
+    (
+        "staying put: the least likely to retire within a year, {:.0%}",
+        lambda c: c.forecast.within(12).probability if c.forecast else None,
+    ),
+    (
+        "a small footprint: the least energy, up to {:.3g} kWh a month",
+        lambda c: c.kwh_per_month[1] if c.kwh_per_month else None,
+    ),
+    (
+        "owning it: open weights, the cheapest of them, ${:,.2f} a month",
+        lambda c: c.usd_per_month if c.open_weights else None,
+    ),
+)

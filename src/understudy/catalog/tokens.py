@@ -1,0 +1,65 @@
+"""How many tokens another tokenizer makes of the calls you recorded, counted instead of bounded.
+
+It needs a copy of the candidate's tokenizer (``tokenizer.json``), which the overlay names, and recorded
+texts. It ignores chat templates beyond a few tokens a message: those the recorded count holds too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from understudy.catalog.plan import TokenRatio
+from understudy.errors import InputError, MissingExtraError
+
+LEAST = 20
+"""Prompt tokens of a call worth counting: in a shorter one the template is most of it."""
+
+
+class Counted(NamedTuple):
+    """One recorded call: what was sent, and how many prompt tokens its model made of it."""
+
+    request: Mapping[str, Any]
+    prompt_tokens: int
+
+
+def token_ratio(tokenizer: Path, calls: Iterable[Counted]) -> TokenRatio | None:
+    """Tokens per recorded token over calls that are text alone; None when there is none.
+
+    Raises InputError for a file that is no tokenizer, MissingExtraError without the package tokenizers.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtraError("tokenizers", "serve") from error
+    try:
+        count = cast(Any, Tokenizer.from_file(str(tokenizer)))
+    except Exception as error:  # the package raises bare Exception for a missing and for a broken file
+        raise InputError(
+            f"cannot read the tokenizer {tokenizer}: {error}",
+            expected="a tokenizer.json",
+            next_step="correct `tokenizer` in the overlay",
+        ) from error
+    here: list[int] = []
+    there: list[int] = []
+    for call in calls:
+        texts = _texts(call.request)
+        if texts and call.prompt_tokens >= LEAST:
+            here.append(sum(len(count.encode(text, add_special_tokens=False).ids) for text in texts))
+            there.append(call.prompt_tokens)
+    if not here:
+        return None
+    most = max(mine / theirs for mine, theirs in zip(here, there, strict=True))
+    return TokenRatio(sum(here) / sum(there), most, len(here))
+
+
+def _texts(request: Mapping[str, Any]) -> list[str]:
+    """Every text of a chat request; empty when something in it is no text."""
+    texts: list[str] = []
+    for message in cast(list[dict[str, Any]], request.get("messages") or []):
+        content = message.get("content")
+        if not isinstance(content, str):
+            return []
+        texts.append(content)
+    return texts if not request.get("tools") else []

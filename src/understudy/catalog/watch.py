@@ -1,0 +1,156 @@
+"""Which bound models are dying, when, and what hangs on them.
+
+A model id is bound wherever it is written: an alias, a fallback, a judge, a candidate of the drill, or an
+application that asks for the id itself. It ignores what could take over (plan) and how the news is sent.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from understudy.catalog.facts import Catalog, Fact, ModelFacts
+from understudy.catalog.prices import rates_at
+from understudy.catalog.workload import Workload
+from understudy.protocol import CallShape
+
+Level = Literal["alias", "fallback", "judge", "candidate", "requested"]
+Severity = Literal["retired", "critical", "high", "medium", "low", "announced"]
+
+SEVERITIES: tuple[Severity, ...] = ("retired", "critical", "high", "medium", "low", "announced")
+"""Worst first. ``announced``: the vendor said it will end but not when."""
+_WITHIN_DAYS: tuple[tuple[int, Severity], ...] = (
+    (0, "retired"),
+    (30, "critical"),
+    (90, "high"),
+    (180, "medium"),
+)
+
+
+class Binding(msgspec.Struct, frozen=True):
+    """One place that names a model."""
+
+    name: str
+    """The alias, or the id that applications ask for."""
+    target: str
+    """ENDPOINT/MODEL."""
+    level: Level
+
+
+class Exposure(msgspec.Struct, frozen=True, kw_only=True):
+    """A bound model with an end, and what hangs on it."""
+
+    target: str
+    model: str
+    """Its id in the catalog."""
+    bindings: tuple[Binding, ...]
+    severity: Severity
+    retires: dt.date | None
+    days_left: int | None
+    source: str
+    """Who says so, and when it was read."""
+    disputed: tuple[str, ...]
+    """What other sources say, where they differ."""
+    successor: str
+    """What the vendor names; empty when it names nothing."""
+    calls: int
+    """Recorded, all in all."""
+    calls_per_month: float
+    tokens_per_month: float
+    tasks_per_month: float
+    usd_per_month: float | None
+    """At today's price; None when no price is known."""
+
+
+def watch(
+    catalog: Catalog,
+    bindings: Iterable[Binding],
+    shapes_by_target: Mapping[str, Sequence[CallShape]],
+    now: float,
+) -> list[Exposure]:
+    """Every bound model that has an announced end, worst first.
+
+    ``shapes_by_target`` are the recorded calls each target answered; monthly figures are extrapolated from
+    the time since its first call (at least a day). ``now`` is in Unix seconds.
+    """
+    by_target: dict[str, list[Binding]] = {}
+    for binding in bindings:
+        by_target.setdefault(binding.target, []).append(binding)
+    found = [
+        _exposure(catalog, facts, target, tuple(bound), shapes_by_target.get(target, ()), now)
+        for target, bound in by_target.items()
+        if (facts := catalog.find(target)) and (facts.retires or facts.deprecated)
+    ]
+    return sorted(found, key=_rank)
+
+
+def bindings_of(
+    aliases: Mapping[str, tuple[str, Sequence[str]]],
+    requested: Iterable[tuple[str, str]],
+    others: Iterable[Binding] = (),
+) -> list[Binding]:
+    """Where models are bound: ``aliases`` maps a name to (target, fallbacks); ``requested`` are the pairs of
+    name asked for and target seen in traffic, of which those that are no alias count; ``others`` are judges,
+    candidates and whatever else names a model."""
+    bound = [Binding(name, target, "alias") for name, (target, _) in aliases.items()]
+    bound += [Binding(name, t, "fallback") for name, (_, fallbacks) in aliases.items() for t in fallbacks]
+    bound += others
+    bound += [Binding(name, target, "requested") for name, target in requested if name not in aliases]
+    return list(dict.fromkeys(bound))
+
+
+def severity(days_left: int | None) -> Severity:
+    """How urgent a retirement is; None for one without a date."""
+    if days_left is None:
+        return "announced"
+    for days, word in _WITHIN_DAYS:
+        if days_left <= days:
+            return word
+    return "low"
+
+
+def days_until(day: dt.date, now: float) -> int:
+    """Whole days from ``now`` (Unix seconds, UTC) until ``day``; negative when it is past."""
+    return (day - dt.datetime.fromtimestamp(now, dt.UTC).date()).days
+
+
+def _exposure(
+    catalog: Catalog,
+    facts: ModelFacts,
+    target: str,
+    bindings: tuple[Binding, ...],
+    shapes: Sequence[CallShape],
+    now: float,
+) -> Exposure:
+    ends: Fact[dt.date] | None = facts.retires
+    told = ends or facts.deprecated
+    assert told is not None, "only models with an end are exposed"
+    left = days_until(ends.value, now) if ends else None
+    load = Workload(shapes, now)
+    rates = rates_at(catalog, facts.id, now)
+    return Exposure(
+        target=target,
+        model=facts.id,
+        bindings=bindings,
+        severity=severity(left),
+        retires=ends.value if ends else None,
+        days_left=left,
+        source=f"{told.source}, read {told.read}",
+        disputed=tuple(
+            f"{c.value} ({c.source}, read {c.read})" for c in told.claims if c.value != told.value
+        ),
+        successor=facts.successor.value if facts.successor else "",
+        calls=len(load),
+        calls_per_month=len(load) / load.months,
+        tokens_per_month=load.tokens / load.months,
+        tasks_per_month=load.tasks / load.months,
+        usd_per_month=None if rates is None else load.usd(rates) / load.months,
+    )
+
+
+def _rank(exposure: Exposure) -> tuple[int, int, int, str]:
+    left = exposure.days_left if exposure.days_left is not None else 10**6
+    return (SEVERITIES.index(exposure.severity), left, -exposure.calls, exposure.target)

@@ -1,0 +1,157 @@
+"""The refresh: facts out of wheels, without installing them, into YAML that loads again."""
+
+from __future__ import annotations
+
+import datetime as dt
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from understudy.catalog import facts, refresh
+from understudy.catalog.facts import Claim, load_catalog
+
+LITELLM: dict[str, Any] = {
+    "gpt-x": {
+        "litellm_provider": "openai",
+        "mode": "chat",
+        "max_input_tokens": 1000,
+        "max_output_tokens": 100,
+        "input_cost_per_token": 2e-06,
+        "output_cost_per_token": 8e-06,
+        "cache_read_input_token_cost": 5e-07,
+        "input_cost_per_token_batches": 1e-06,
+        "supports_vision": True,
+        "supports_function_calling": True,
+        "deprecation_date": "2027-01-14",
+    },
+    "gemini/free-one": {
+        "litellm_provider": "gemini",
+        "mode": "chat",
+        "input_cost_per_token": 0,
+        "output_cost_per_token": 0,
+        "deprecation_date": "date when it ends",
+    },
+    "dall-e": {"litellm_provider": "openai", "mode": "image_generation"},
+    "ft:gpt-x": {"litellm_provider": "openai", "mode": "chat"},
+    "song": {"litellm_provider": "openai", "mode": "chat", "supported_output_modalities": ["audio"]},
+    "elsewhere": {"litellm_provider": "unheard_of", "mode": "chat"},
+}
+SUNSET = [
+    {
+        "provider": "OpenAI",
+        "model_id": "gpt-x",
+        "shutdown_date": "2027-02-01",
+        "deprecation_date": "2026-06-01",
+        "replacement_models": ["gpt-y"],
+        "last_observed": "2026-09-24",
+    }
+]
+RETIRE = {
+    "models": [
+        {
+            "provider": "aws-bedrock",
+            "id": "a: strange, id",
+            "checked": "2026-10-16",
+            "retires_on": "2026-12-01",
+        }
+    ]
+}
+
+
+def wheel(folder: Path, name: str, file: str, content: object) -> None:
+    with zipfile.ZipFile(folder / f"{name}-1.2.3-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{name}/{file}", msgspec.json.encode(content))
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    sources, out = tmp_path / "sources", tmp_path / "data"
+    sources.mkdir()
+    wheel(sources, "litellm", "model_prices_and_context_window_backup.json", LITELLM)
+    wheel(sources, "llm_sunset", "snapshot.json", SUNSET)
+    wheel(sources, "bydtech_model_retire", "models.json", RETIRE)
+    refresh.main(sources, out, dt.date(2026, 11, 23))
+    monkeypatch.setattr(facts, "DATA", out)
+    return out
+
+
+def test_facts_keep_their_source_and_the_day_it_checked(snapshot: Path) -> None:
+    model = load_catalog().find("openai/gpt-x")
+    assert model
+    assert model.retires
+    assert model.retires.value == dt.date(2027, 1, 14)
+    assert model.retires.claims[1] == Claim(dt.date(2027, 2, 1), "llm-sunset", "2026-09-24")
+    assert model.successor
+    assert model.successor.value == "gpt-y"
+    assert model.prices
+    assert [(p.input, p.output, p.cached) for p in model.prices.value] == [(2.0, 8.0, 0.5)]
+    assert model.features
+    assert model.features.value == {"tools", "batch"}
+    assert model.inputs
+    assert model.inputs.value == {"text", "image"}
+
+
+def test_only_models_that_write_text_and_whose_vendor_we_know_are_kept(snapshot: Path) -> None:
+    assert {m.id for m in load_catalog()} == {"openai/gpt-x", "google/free-one", "bedrock/a: strange, id"}
+
+
+def test_zero_is_no_price_and_words_are_no_date(snapshot: Path) -> None:
+    model = load_catalog().find("google/free-one")
+    assert model
+    assert (model.prices, model.retires) == (None, None)
+
+
+def test_files_it_did_not_write_stay(snapshot: Path, tmp_path: Path) -> None:
+    (snapshot / "qwen.yaml").write_text("kept by hand")
+    refresh.main(tmp_path / "sources", snapshot, dt.date(2026, 11, 24))
+    assert (snapshot / "qwen.yaml").read_text() == "kept by hand"
+    assert "read: 2026-11-24" in (snapshot / "openai.yaml").read_text()
+
+
+PROFILES = """
+_PROFILES: dict[str, dict] = {
+    "gpt-x": {
+        "name": "X", "release_date": "2026-03", "open_weights": False,
+        "max_input_tokens": 900, "max_output_tokens": 100,
+        "text_outputs": True, "image_inputs": True, "audio_inputs": False,
+        "reasoning_output": False, "tool_calling": True, "structured_output": False, "temperature": False,
+    },
+    "only-corrects": {"image_inputs": True, "text_outputs": True},
+    "paints": {"name": "P", "text_outputs": False},
+}
+"""
+
+
+def test_models_dev_is_read_as_a_literal_and_denies_by_name(
+    snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "sources" / "langchain_openai-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("langchain_openai/data/_profiles.py", PROFILES)
+    refresh.main(tmp_path / "sources", snapshot, dt.date(2026, 11, 24))
+    catalog = load_catalog()
+    model = catalog.find("openai/gpt-x")
+    assert model
+    assert model.released
+    assert model.released.value == dt.date(2026, 3, 1)
+    assert model.lacks
+    assert model.lacks.value == {"json_schema", "reasoning", "temperature"}
+    assert model.context_window
+    assert (model.context_window.value, model.context_window.disputed) == (900, True)
+    assert not catalog.find("openai/only-corrects")
+    assert not catalog.find("openai/paints")
+
+
+def test_a_price_that_moved_is_appended_with_the_day_it_was_read(snapshot: Path, tmp_path: Path) -> None:
+    sources = tmp_path / "sources"
+    refresh.main(sources, snapshot, dt.date(2026, 11, 30))
+    dearer = {**LITELLM, "gpt-x": {**LITELLM["gpt-x"], "input_cost_per_token": 3e-06}}
+    wheel(sources, "litellm", "model_prices_and_context_window_backup.json", dearer)
+    refresh.main(sources, snapshot, dt.date(2026, 12, 1))
+    refresh.main(sources, snapshot, dt.date(2026, 12, 2))
+    model = load_catalog().find("openai/gpt-x")
+    assert model
+    assert model.prices
+    assert [(p.input, p.start) for p in model.prices.value] == [(2.0, None), (3.0, dt.date(2026, 12, 1))]
