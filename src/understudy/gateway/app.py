@@ -1,0 +1,157 @@
+"""The gateway as a whole: put together, listening, following routes, drained.
+
+`start` runs it inside somebody's event loop; processes that do nothing else are the matter of `processes`. It
+ignores what happens on a connection (inbound, relay) and how the store is filled (indexing).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from typing import NamedTuple
+
+from understudy.config import Config, resolve_secret
+from understudy.errors import AddressError, InputError
+from understudy.gateway.breaker import Breaker
+from understudy.gateway.following import follow_routes
+from understudy.gateway.inbound import Inbound
+from understudy.gateway.keys import KeyRing
+from understudy.gateway.plane import Plane
+from understudy.gateway.recorder import Recorder
+from understudy.gateway.routing import build_table, check_supported
+from understudy.gateway.upstream import Upstream
+from understudy.traffic.redact import redactor_of
+from understudy.traffic.segments import SegmentWriter
+from understudy.traffic.store import Store, open_store
+
+BACKLOG = 1024
+DRAIN_S = 30.0
+"""Time given to exchanges in flight when the gateway is stopped."""
+
+
+class RunningGateway:
+    """A gateway that listens. `stop` must be awaited in the loop that started it."""
+
+    def __init__(
+        self,
+        plane: Plane,
+        server: asyncio.Server,
+        address: Address,
+        store: Store,
+        following: asyncio.Task[None],
+    ) -> None:
+        self.host = address.host
+        self.port = address.port
+        self.plane = plane
+        self._server = server
+        self._store = store
+        self._following = following
+
+    @property
+    def url(self) -> str:
+        """The base URL for a client."""
+        return url_of(Address(self.host, self.port))
+
+    async def stop(self, grace_s: float = DRAIN_S) -> None:
+        """Stop listening, let what is in flight end (for ``grace_s`` seconds), close the record log."""
+        self._following.cancel()
+        self._server.close()
+        await self.plane.drain(grace_s)
+        await self.plane.recorder.durable()
+        await asyncio.sleep(0)
+        self.plane.close()
+        await asyncio.to_thread(self.plane.recorder.writer.close)
+        await asyncio.gather(self._following, return_exceptions=True)
+        await asyncio.to_thread(self._store.close)
+
+
+class Address(NamedTuple):
+    """Where to listen; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+
+def url_of(address: Address) -> str:
+    """The base URL for clients of a gateway that listens there."""
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"http://{host}:{address.port}/v1"
+
+
+def parse_address(listen: str) -> Address:
+    """HOST:PORT or [IPV6]:PORT. Raises InputError."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise InputError(
+            f"cannot listen on {listen!r}",
+            expected="HOST:PORT, e.g. 127.0.0.1:8080; port 0 takes a free one",
+            next_step="understudy up --listen 127.0.0.1:8080",
+        )
+    return Address(host.strip("[]"), int(port))
+
+
+def bind(address: Address, *, shared: bool) -> socket.socket:
+    """A bound socket; ``shared`` lets other processes bind the same port. Raises AddressError."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(address, error) from error
+    sock.setblocking(False)
+    return sock
+
+
+def _cannot_listen(address: Address, error: OSError) -> AddressError:
+    used = error.errno == errno.EADDRINUSE
+    return AddressError(
+        f"cannot listen on {address.host}:{address.port}: {error.strerror or error}",
+        expected="a free port" if used else "an address of this machine",
+        next_step="stop the other program or use --listen HOST:PORT"
+        if used
+        else "use --listen 127.0.0.1:8080",
+    )
+
+
+def upstreams_of(config: Config) -> dict[str, Upstream]:
+    """Every endpoint of the config with its secret. Raises InputError for a missing one."""
+    return {
+        name: Upstream(name, endpoint, resolve_secret(endpoint.api_key, config.path(".")))
+        for name, endpoint in config.endpoints.items()
+    }
+
+
+async def start(config: Config, *, sock: socket.socket | None = None) -> RunningGateway:
+    """Run a gateway in this event loop; it records to segments but indexes nothing (`indexing` does).
+
+    ``sock`` is a bound socket to listen on in place of `[gateway] listen`. Raises AddressError, StoreError
+    and InputError.
+    """
+    check_supported(config)
+    upstreams = upstreams_of(config)
+    redactor = redactor_of(config.redact, config.path("."))
+    store = open_store(config.store.url, config.path("."))
+    table = build_table(config, upstreams, store.routes())
+    listener = sock or bind(parse_address(config.gateway.listen), shared=False)
+    writer = SegmentWriter(
+        config.path(config.store.segments),
+        strict=config.gateway.record == "strict",
+        on_full=config.store.on_full,
+    )
+    loop = asyncio.get_running_loop()
+    keys = KeyRing(store) if config.gateway.require_key else None
+    without_texts = [name for name, alias in config.aliases.items() if alias.record == "metadata"]
+    recorder = Recorder(writer, config.gateway.record, without_texts=without_texts, redactor=redactor)
+    for upstream in upstreams.values():
+        upstream.breaker = Breaker(config.gateway.break_after, config.gateway.rest_s)
+    plane = Plane(config.gateway, table, recorder, keys, loop)
+    server = await loop.create_server(lambda: Inbound(plane), sock=listener, backlog=BACKLOG)
+    plane.start()
+    following = loop.create_task(follow_routes(plane, config, store))
+    host, port = listener.getsockname()[:2]
+    return RunningGateway(plane, server, Address(host, port), store, following)

@@ -1,0 +1,44 @@
+"""Following the store: a changed route gives a new table, a revoked key is forgotten, within a second.
+
+The store is asked in a thread, so a slow disk or database never holds up an answer; while it cannot be
+reached the last table stays in force. It ignores who changes routes (rollout).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from understudy.config import Config
+from understudy.errors import StoreError
+from understudy.gateway.plane import Plane
+from understudy.gateway.routing import Table, build_table
+from understudy.traffic.store import Store
+
+POLL_S = 0.5
+
+_log = logging.getLogger("understudy.gateway")
+
+
+async def follow_routes(plane: Plane, config: Config, store: Store) -> None:
+    """Poll until cancelled."""
+    version = -1
+    while True:
+        try:
+            current = await asyncio.to_thread(store.routes_version)
+            if current != version:
+                rows = await asyncio.to_thread(store.routes)
+                _take(plane, build_table(config, plane.table.upstreams, rows))
+                version = current
+            if plane.keys is not None:
+                await asyncio.to_thread(plane.keys.refresh)
+        except StoreError as error:
+            _log.warning("routes cannot be read, the last ones stay: %s", error)
+        await asyncio.sleep(POLL_S)
+
+
+def _take(plane: Plane, table: Table) -> None:
+    plane.table = table
+    plane.metrics.route_faults = len(table.faults)
+    for fault in table.faults:
+        _log.warning("%s", fault)

@@ -1,0 +1,58 @@
+"""Callers' keys: who may use the gateway, when the config requires a key.
+
+A key is looked up in the store once (which compares in constant time) and then known here by its SHA-256;
+revoked keys are dropped at the next poll, within a second. It ignores limits per key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+
+from understudy.gateway.refusal import Refusal
+from understudy.gateway.request import Request
+from understudy.traffic.store import Store
+
+_KNOWN_KEYS = 10_000
+"""Keys remembered at most; beyond it the memory starts anew."""
+
+
+class KeyRing:
+    """Keys seen so far, by hash."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._ids: dict[bytes, str] = {}
+
+    def known(self, secret: bytes) -> str | None:
+        """Id of a key seen before; None when the store must be asked."""
+        return self._ids.get(hashlib.sha256(secret).digest())
+
+    async def look_up(self, secret: bytes) -> str:
+        """Id of a key. Raises Refusal (401) for none, a wrong or a revoked one; StoreError."""
+        key = await asyncio.to_thread(self._store.lookup_key, secret.decode("latin-1")) if secret else None
+        if key is None:
+            raise _unauthorised(bool(secret))
+        if len(self._ids) >= _KNOWN_KEYS:
+            self._ids.clear()
+        self._ids[hashlib.sha256(secret).digest()] = key.id
+        return key.id
+
+    def refresh(self) -> None:
+        """Forget revoked keys. Blocks on the store; raises StoreError."""
+        if self._ids:
+            keys = self._store.keys()
+            living = {key.id for key in keys if key.revoked is None}
+            self._ids = {digest: name for digest, name in self._ids.items() if name in living}
+
+
+def secret_of(request: Request) -> bytes:
+    """The key a caller shows: ``Authorization: Bearer`` or ``x-api-key``; empty when there is none."""
+    scheme, _, secret = request.header(b"authorization").partition(b" ")
+    return secret.strip() if scheme.lower() == b"bearer" else request.header(b"x-api-key")
+
+
+def _unauthorised(shown: bool) -> Refusal:
+    problem = "the key is not known or was revoked" if shown else "a key is required"
+    message = f"{problem}; send an Understudy key as `Authorization: Bearer us-…`"
+    return Refusal(401, "invalid_api_key", message, headers=((b"www-authenticate", b"Bearer"),))

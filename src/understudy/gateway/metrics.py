@@ -1,0 +1,92 @@
+"""What one gateway process counts, and its Prometheus text.
+
+Every process of a port counts for itself (label ``pid``); it ignores what is in the store.
+
+Source: Prometheus text exposition format 0.0.4.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+
+from understudy.traffic.segments import SegmentWriter
+
+_Labels = tuple[tuple[str, str], ...]
+
+
+class Metrics:
+    """Counters of the data plane; plain attributes, because the hot path adds to them."""
+
+    def __init__(self) -> None:
+        self.requests: defaultdict[tuple[str, int], int] = defaultdict(int)
+        """(route, status the client got) -> count."""
+        self.attempts: defaultdict[tuple[str, str], int] = defaultdict(int)
+        """(endpoint, status or "failed") -> count."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """route -> seconds from complete request to end of answer."""
+        self.connections_opened = 0
+        self.connections_reused = 0
+        self.bytes_relayed = 0
+        self.route_faults = 0
+        self.resting: dict[str, bool] = {}
+        """Endpoint -> whether it is passed over for its failures; filled in when somebody looks."""
+
+    def text(self, in_flight: int, clients: int, writer: SegmentWriter) -> bytes:
+        """All metrics in the exposition format."""
+        page = _Page()
+        page.add("requests_total", "counter", "Answers by route and status.", self._requests())
+        page.add("request_seconds_total", "counter", "Time spent answering.", self._seconds())
+        page.add("attempts_total", "counter", "Tries at upstreams.", self._attempts())
+        page.one("upstream_connections_opened_total", "counter", self.connections_opened)
+        page.one("upstream_connections_reused_total", "counter", self.connections_reused)
+        page.one("relayed_bytes_total", "counter", self.bytes_relayed)
+        page.one("in_flight", "gauge", in_flight)
+        page.one("client_connections", "gauge", clients)
+        page.one("route_faults", "gauge", self.route_faults)
+        resting = (((("endpoint", name),), int(rests)) for name, rests in self.resting.items())
+        page.add("upstream_resting", "gauge", "Upstreams passed over for their failures.", resting)
+        counters = writer.counters
+        page.one("records_total", "counter", counters.records)
+        page.one("record_bytes_total", "counter", counters.bytes)
+        page.one("records_dropped_total", "counter", counters.dropped)
+        page.one("record_syncs_total", "counter", counters.syncs)
+        page.one("record_sync_failures_total", "counter", counters.sync_failures)
+        page.one("record_log_full", "gauge", int(writer.full))
+        return page.encode()
+
+    def _requests(self) -> Iterable[tuple[_Labels, float]]:
+        for (route, status), count in self.requests.items():
+            yield (("route", route), ("status", str(status))), count
+
+    def _seconds(self) -> Iterable[tuple[_Labels, float]]:
+        for route, seconds in self.seconds.items():
+            yield (("route", route),), round(seconds, 6)
+
+    def _attempts(self) -> Iterable[tuple[_Labels, float]]:
+        for (endpoint, outcome), count in self.attempts.items():
+            yield (("endpoint", endpoint), ("outcome", outcome)), count
+
+
+class _Page:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._pid = str(os.getpid())
+
+    def add(self, name: str, kind: str, text: str, samples: Iterable[tuple[_Labels, float]]) -> None:
+        self._lines.append(f"# HELP understudy_{name} {text}")
+        self._lines.append(f"# TYPE understudy_{name} {kind}")
+        for labels, value in samples:
+            pairs = ",".join(f'{key}="{_escape(label)}"' for key, label in (*labels, ("pid", self._pid)))
+            self._lines.append(f"understudy_{name}{{{pairs}}} {value}")
+
+    def one(self, name: str, kind: str, value: float) -> None:
+        self.add(name, kind, name.replace("_total", "").replace("_", " ").capitalize() + ".", [((), value)])
+
+    def encode(self) -> bytes:
+        return ("\n".join(self._lines) + "\n").encode()
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

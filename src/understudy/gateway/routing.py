@@ -1,0 +1,150 @@
+"""From the name an application asks for to the targets that may answer, in order.
+
+The config gives the first version of every alias; a route in the store replaces it and is followed within a
+second. A table is never changed, only replaced whole, so a request sees one version of it. It ignores how a
+target is reached (upstream).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from understudy.config import Alias, Config
+from understudy.errors import InputError
+from understudy.gateway.refusal import Refusal
+from understudy.gateway.upstream import Upstream
+
+
+class RouteRow(Protocol):
+    """The part of a store's route that routing reads."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def fallback(self) -> Sequence[str]: ...
+    @property
+    def version(self) -> int: ...
+
+
+class Target(NamedTuple):
+    """One model behind one upstream."""
+
+    name: str
+    """ENDPOINT/MODEL."""
+    upstream: Upstream
+    model: str
+    model_json: bytes
+    """The model's id as the JSON string that is spliced into requests."""
+
+
+class AliasRoute(NamedTuple):
+    """Where an alias points now."""
+
+    targets: tuple[Target, ...]
+    version: int
+    """0 while the config rules."""
+    choices: tuple[Choice, ...] = ()
+    """Where calls are shared out: whom they may go to instead."""
+
+    def draw(self, alias: str, task: bytes) -> tuple[Target, ...]:
+        """Who may answer a call; always the same for calls of one task, in every process."""
+        if not self.choices:
+            return self.targets
+        if task:
+            digest = blake2b(alias.encode("utf-8", "replace") + b"\0" + task, digest_size=8).digest()
+            place = int.from_bytes(digest) / 2**64
+        else:
+            place = random.random()  # noqa: S311 - a share, not a secret
+        return next((choice.targets for choice in self.choices if place < choice.upto), self.targets)
+
+
+class Choice(NamedTuple):
+    """One way calls may go."""
+
+    upto: float
+    """Its end on the line from 0 to 1; it begins where the one before ends."""
+    targets: tuple[Target, ...]
+
+
+class Table(NamedTuple):
+    """Every alias with its targets, and the endpoints that may be asked for directly."""
+
+    aliases: Mapping[str, AliasRoute]
+    upstreams: Mapping[str, Upstream]
+    faults: tuple[str, ...] = ()
+    """Routes of the store that cannot be used, one line each; the config's route stays in force."""
+
+    def targets(self, model: str, task: bytes = b"") -> tuple[Target, ...]:
+        """Who may answer for a model's name. Raises Refusal (404) naming what is known."""
+        route = self.aliases.get(model)
+        if route is not None:
+            return route.draw(model, task)
+        endpoint, slash, inner = model.partition("/")
+        if slash and inner and endpoint in self.upstreams:
+            return (target_of(self.upstreams, model),)
+        raise _unknown(model, self)
+
+
+def target_of(upstreams: Mapping[str, Upstream], name: str) -> Target:
+    """The target ``ENDPOINT/MODEL``. Raises KeyError for an unknown endpoint."""
+    endpoint, _, model = name.partition("/")
+    return Target(name, upstreams[endpoint], model, msgspec.json.encode(model))
+
+
+def build_table(config: Config, upstreams: Mapping[str, Upstream], rows: Mapping[str, RouteRow]) -> Table:
+    """The table of a config and the store's routes."""
+    aliases: dict[str, AliasRoute] = {}
+    faults: list[str] = []
+    for name, alias in config.aliases.items():
+        route = _route(upstreams, [alias.model, *alias.fallback], 0)
+        aliases[name] = route._replace(choices=_choices(upstreams, alias))
+    for name, row in rows.items():
+        try:
+            aliases[name] = _route(upstreams, [row.model, *row.fallback], row.version)
+        except KeyError as error:
+            faults.append(
+                f"route {name!r} version {row.version}: no [endpoints.{error.args[0]}] in the config"
+            )
+    return Table(aliases, upstreams, tuple(faults))
+
+
+def _route(upstreams: Mapping[str, Upstream], names: Sequence[str], version: int) -> AliasRoute:
+    return AliasRoute(tuple(target_of(upstreams, name) for name in names), version)
+
+
+def _choices(upstreams: Mapping[str, Upstream], alias: Alias) -> tuple[Choice, ...]:
+    shares = {name: weight for name, weight in alias.weights.items() if weight > 0}
+    total = sum(shares.values())
+    choices: list[Choice] = []
+    for name, upto in zip(shares, accumulate(shares.values()), strict=True):
+        names = dict.fromkeys([name, alias.model, *alias.fallback])
+        choices.append(Choice(upto / total, tuple(target_of(upstreams, n) for n in names)))
+    return tuple(choices)
+
+
+def _unknown(model: str, table: Table) -> Refusal:
+    known = ", ".join(sorted(table.aliases)) or "none"
+    endpoints = ", ".join(f"{name}/…" for name in sorted(table.upstreams)) or "none"
+    return Refusal(
+        404,
+        "model_not_found",
+        f"unknown model {model[:200]!r}; aliases: {known}; endpoints that may be asked directly: {endpoints}",
+        param="model",
+    )
+
+
+def check_supported(config: Config) -> None:
+    """Raises InputError for an endpoint the gateway would need to translate for."""
+    for name, endpoint in config.endpoints.items():
+        if endpoint.kind != "openai":
+            raise InputError(
+                f"[endpoints.{name}] kind = {endpoint.kind!r} is not supported by the gateway yet",
+                expected='kind = "openai"',
+                next_step=f"use the OpenAI-compatible URL of {name}, or take the endpoint out of the config",
+            )
