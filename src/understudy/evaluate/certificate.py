@@ -1,0 +1,594 @@
+"""The certificate: every number of a retirement drill, each computed from evidence files.
+
+`build` reads a folder's `evidence/` and nothing else, so the check (verify) is the same function run again.
+It ignores who wrote the evidence: keep the certificate's own SHA-256, which the page names and `understudy
+verify` prints, where it cannot be changed.
+
+A folder holds:
+    certificate.json, certificate.html
+    evidence/question.json        what is asked, of whom, which versions (write_question)
+    evidence/exchanges.jsonl      held-out items, the incumbent's answers (evidence.write_exchanges)
+    evidence/CANDIDATE.jsonl      a candidate's calls                    (replay.prove)
+    evidence/bench-SUITE-MODEL.jsonl                                     (benchmarks.run)
+    evidence/repeats-MODEL.jsonl  the same questions asked again         (flicker.measure)
+    evidence/judged-CANDIDATE.jsonl  what a judge prefers              (judge.judge_pairs)
+    evidence/labels.jsonl         what people prefer                     (understudy label)
+    evidence/performance.json     speed samples, memory, prices          (performance.write_performance)
+    evidence/plan.json            catalog's plan, as it was              (the drill)
+    evidence/own-report.json      how the own model was made             (the drill)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+
+from understudy.errors import EvidenceError
+from understudy.evaluate import judge as judge_files
+from understudy.evaluate.benchmarks import (
+    Accuracy,
+    BenchmarkHeader,
+    PairedDifference,
+    Scored,
+    accuracy,
+    paired,
+)
+from understudy.evaluate.diversity import Pair, of_benchmarks, of_traffic
+from understudy.evaluate.evidence import (
+    EXCHANGES,
+    Call,
+    ExchangesHeader,
+    Item,
+    Lines,
+    ProofHeader,
+    file_name,
+    read_exchanges,
+    read_lines,
+    sha256_of,
+)
+from understudy.evaluate.flicker import Flicker, against, faults_of, flicker, read_repeats
+from understudy.evaluate.judge import Judged
+from understudy.evaluate.needed import needed, shared_blind_spots
+from understudy.evaluate.performance import Cost, ModelSheet, Speed, cost, read_performance, speed
+from understudy.evaluate.proof import Proof, Tokens, judge, score_of
+from understudy.evaluate.sequential import Verdict
+from understudy.evaluate.task import TaskFigures, of_candidate, of_incumbent
+from understudy.protocol import Json
+
+FORMATS = ("understudy-certificate/1", "understudy-certificate/2")
+"""Formats that can be built and verified; 2 adds what models share, repeats, task costs, judgements."""
+FORMAT = FORMATS[-1]
+CERTIFICATE = "certificate.json"
+PAGE = "certificate.html"
+EVIDENCE = "evidence"
+QUESTION = "question.json"
+PLAN = "plan.json"
+OWN_REPORT = "own-report.json"
+DIGITS = 10
+"""Significant digits of a number: enough to tell any change, too few to see a math library's last bit."""
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`evidence/question.json`: what is asked, written before the proof."""
+
+    alias: str
+    incumbent: str
+    """ENDPOINT/MODEL that retires."""
+    candidates: list[str]
+    """ENDPOINT/MODEL in the order tried."""
+    created: float
+    """Unix seconds."""
+    retires: str = ""
+    """ISO date, or empty."""
+    reason: str = ""
+    """Where the date comes from."""
+    lineage: dict[str, list[str]] = {}
+    """Candidate -> the steps it was made by, one line each."""
+    sample_sha256: str = ""
+    """`traffic.sample.sample_hash` of the held-out exchanges."""
+    seeds: dict[str, int] = {}
+    """Every seed used, by name."""
+    versions: dict[str, str] = {}
+    """Program -> version."""
+    fallbacks: list[str] = []
+    """ENDPOINT/MODEL the alias falls back on, in order."""
+
+
+class Fit(msgspec.Struct, frozen=True, kw_only=True):
+    """What the plan says of a model on this traffic."""
+
+    share: float | None = None
+    """Share of recorded calls it could answer at all."""
+    misfits: dict[str, int] = {}
+    """Reason -> calls that break."""
+    unverified: tuple[str, ...] = ()
+    usd_per_month: float | None = None
+    retires: str | None = None
+    days_left: int | None = None
+
+
+class BenchmarkResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One benchmark of one model, and its paired difference from the incumbent where both were run."""
+
+    accuracy: Accuracy
+    versus: PairedDifference | None = None
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of the benchmark table."""
+
+    name: str
+    parameters: int | None
+    context_length: int | None
+    modalities: tuple[str, ...]
+    memory_bytes: int | None
+    file_bytes: int | None
+    benchmarks: dict[str, BenchmarkResult]
+    """By suite."""
+    speed: Speed | None
+    cost: Cost | None
+    """On the asked items of the (first) proof."""
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One candidate: how it fits, what was proven, what it is."""
+
+    model: Model
+    fit: Fit
+    lineage: list[str]
+    proof: Proof
+
+
+class Traffic(msgspec.Struct, frozen=True, kw_only=True):
+    """The held-out sample."""
+
+    items: int
+    first_at: float
+    last_at: float
+    tasks: dict[str, int]
+    clusters: int
+    graded_by: dict[str, int]
+    """Grader -> items."""
+    by_agreement: int
+    """Items without a known right answer, graded by agreement with the incumbent."""
+    exchanges_sha256: str
+    sample_sha256: str
+
+
+class Exposure(msgspec.Struct, frozen=True, kw_only=True):
+    """What hangs on the incumbent, from the plan."""
+
+    calls: int | None = None
+    window_days: float | None = None
+    tokens: int | None = None
+    completed_tasks: int | None = None
+    usd_per_month: float | None = None
+    successor: str = ""
+
+
+class EvidenceFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file every number rests on."""
+
+    file: str
+    sha256: str
+    bytes: int
+    lines: int
+
+
+class Certificate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`certificate.json`. Fields with a default came with format 2 and are absent before it."""
+
+    format: str
+    verdict: Verdict
+    """PASS if a candidate passed; else UNDECIDED if one is; else FAIL."""
+    winner: str
+    """The candidate to move to, or empty."""
+    winner_rule: str
+    question: Question
+    days_left: int | None
+    """From the day of the certificate to the retirement."""
+    exposure: Exposure
+    traffic: Traffic
+    incumbent: Model
+    incumbent_fit: Fit
+    candidates: list[Candidate]
+    own: dict[str, Any]
+    """How the own model was made: the plain fields of its report."""
+    next: list[str]
+    """What would be needed next."""
+    evidence: list[EvidenceFile]
+    diversity: list[Pair] | None = None
+    """Where any two arms fail together, on the traffic and on each benchmark."""
+    flicker: list[Flicker] | None = None
+    """Each model against itself, where repeats were asked for; the incumbent first."""
+    tasks: list[TaskFigures] | None = None
+    """Completion and cost per completed task on the asked items: the incumbent on those of the first
+    candidate, then every candidate."""
+    judged: list[Judged] | None = None
+    """What the judge says of each candidate, and what is known of the judge, where one was asked."""
+
+
+WINNER_RULE = (
+    "of the candidates that pass: the lowest cost per completed task where all have a price, "
+    "else the best mean score; the earlier one when equal"
+)
+
+
+class _PlanModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of catalog's Candidate that are used; others are left to the hash."""
+
+    model: str = ""
+    share: float | None = None
+    misfits: dict[str, int] = {}
+    unverified: tuple[str, ...] = ()
+    usd_per_month: float | None = None
+    retires: str | None = None
+    days_left: int | None = None
+    context_window: int | None = None
+    modalities: tuple[str, ...] = ()
+    parameters: int | None = None
+    usd_per_million_tokens: float | None = None
+    price_source: str = ""
+
+
+class _Plan(msgspec.Struct, frozen=True, kw_only=True):
+    incumbent: _PlanModel = _PlanModel()
+    successor: str = ""
+    calls: int | None = None
+    window_days: float | None = None
+    tokens: int | None = None
+    completed_tasks: int | None = None
+    candidates: tuple[_PlanModel, ...] = ()
+    excluded: tuple[_PlanModel, ...] = ()
+
+    def of(self, model: str) -> _PlanModel | None:
+        return next((m for m in (*self.candidates, *self.excluded) if m.model == model), None)
+
+
+Bench = Lines[BenchmarkHeader, Scored]
+
+
+class _Evidence:
+    """Everything read from an evidence folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.question = _decode(folder / QUESTION, Question)
+        self.exchanges: Lines[ExchangesHeader, Item] = read_exchanges(folder)
+        self.proofs = {
+            name: read_lines(folder / file_name(name), ProofHeader, Call) for name in self.question.candidates
+        }
+        self.benches: list[Bench] = [
+            read_lines(path, BenchmarkHeader, Scored) for path in sorted(folder.glob("bench-*.jsonl"))
+        ]
+        self.repeats = read_repeats(folder)
+        self.judgements = judge_files.read_judgements(folder)
+        self.labels = judge_files.read_labels(folder)
+        self.sheets = read_performance(folder)
+        self.plan = _decode(folder / PLAN, _Plan) if (folder / PLAN).exists() else _Plan()
+        own = folder / OWN_REPORT
+        self.own = _plain(_decode(own, dict[str, Any])) if own.exists() else {}
+
+    def planned(self, model: str) -> _PlanModel:
+        """What the plan says of a model; nothing when it does not know it."""
+        if model == self.question.incumbent:
+            return self.plan.incumbent
+        return self.plan.of(model) or _PlanModel()
+
+    def sheet(self, model: str) -> ModelSheet:
+        """What was measured of a model, with the plan's price where the measurement has none."""
+        sheet = self.sheets.get(model, ModelSheet(model=model, modalities=()))
+        price = self.planned(model).usd_per_million_tokens
+        if price is None or sheet.usd_per_hour is not None or sheet.usd_per_million_input is not None:
+            return sheet
+        return msgspec.structs.replace(
+            sheet,
+            usd_per_million_input=price,
+            usd_per_million_output=price,
+            price_source=self.planned(model).price_source or "plan, over this traffic's mix of tokens",
+        )
+
+    def bench(self, suite: str, model: str) -> Bench | None:
+        return next((b for b in self.benches if (b.header.suite, b.header.model) == (suite, model)), None)
+
+
+def _decode(path: Path, kind: Any) -> Any:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except OSError as error:
+        raise EvidenceError(str(path), [f"{path.name} cannot be read: {error.strerror}"]) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise EvidenceError(str(path), [f"{path.name}: {error}"]) from error
+
+
+def _plain(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in report.items() if isinstance(v, str | int | float | bool)}
+
+
+def write_question(folder: Path, question: Question) -> Path:
+    """``folder/evidence/question.json``; ``folder`` is the certificate's."""
+    path = folder / EVIDENCE / QUESTION
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(question), indent=1) + b"\n")
+    return path
+
+
+def build(folder: Path, form: str = FORMAT) -> Certificate:
+    """The certificate of a folder, every number computed from its ``evidence/``.
+
+    ``form`` is one of FORMATS: an earlier one is built as it was, so that old certificates keep verifying.
+    Raises EvidenceError naming file and line when evidence is missing, malformed or contradicts itself.
+    """
+    found = _Evidence(folder / EVIDENCE)
+    faults = _contradictions(found)
+    if faults:
+        raise EvidenceError(str(folder / EVIDENCE), faults)
+    candidates = [_candidate(found, name) for name in found.question.candidates]
+    incumbent = _model(found, found.question.incumbent, _incumbent_tokens(candidates))
+    winner = _winner(candidates)
+    deeper = _Deeper(found, candidates, form)
+    return Certificate(
+        format=form,
+        verdict=_overall(candidates),
+        winner=winner.model.name if winner else "",
+        winner_rule=WINNER_RULE,
+        question=found.question,
+        days_left=_days_left(found.question),
+        exposure=_exposure(found.plan),
+        traffic=_traffic(found),
+        incumbent=incumbent,
+        incumbent_fit=_fit(found.plan.incumbent),
+        candidates=candidates,
+        own=found.own,
+        next=needed(candidates, winner, incumbent) + deeper.next(),
+        evidence=_files(found.folder),
+        diversity=deeper.diversity,
+        flicker=deeper.flicker,
+        tasks=deeper.tasks,
+        judged=deeper.judged,
+    )
+
+
+class _Deeper:
+    """What format 2 adds; nothing in format 1."""
+
+    def __init__(self, found: _Evidence, candidates: Sequence[Candidate], form: str) -> None:
+        on = form != FORMATS[0]
+        self.question = found.question
+        self.diversity = _diversity(found) if on else None
+        self.flicker = (_flicker(found, candidates) or None) if on else None
+        self.tasks = _tasks(found, candidates) if on else None
+        self.judged = (_judged(found) or None) if on else None
+
+    def next(self) -> list[str]:
+        lines = shared_blind_spots(self.question, self.diversity) if self.diversity is not None else []
+        return lines + [line for one in self.judged or [] if (line := judge_files.plan_for(one))]
+
+
+def _diversity(found: _Evidence) -> list[Pair]:
+    question = found.question
+    calls = {name: lines.records for name, lines in found.proofs.items()}
+    traffic = of_traffic(question.incumbent, found.exchanges.records, calls)
+    arms = [question.incumbent, *question.candidates]
+    return traffic + of_benchmarks(found.benches, arms)
+
+
+def _contradictions(found: _Evidence) -> list[str]:
+    faults: list[str] = []
+    digest = sha256_of(found.folder / EXCHANGES)
+    items = {item.key: item for item in found.exchanges.records}
+    if found.exchanges.header.items != len(items):
+        faults.append(f"{EXCHANGES}: {len(items)} items, its header says {found.exchanges.header.items}")
+    for name, (header, calls) in found.proofs.items():
+        file = file_name(name)
+        if header.exchanges_sha256 != digest:
+            faults.append(f"{file}: made for another {EXCHANGES} (its SHA-256 differs)")
+        if header.candidate != name:
+            faults.append(f"{file}: holds calls of {header.candidate!r}")
+        faults += _unlike(file, items, calls)
+    faults += faults_of(found.repeats, items, digest)
+    faults += judge_files.faults_of(found.judgements, items, digest)
+    for header, lines in found.benches:
+        counted = Counter(line.key for line in lines)
+        name = file_name(header.model, f"bench-{header.suite}-")
+        faults += [f"{name}: item {key} is there {n} times" for key, n in counted.items() if n > 1]
+    return faults
+
+
+def _unlike(file: str, items: Mapping[str, Item], calls: Sequence[Call]) -> list[str]:
+    """Calls whose stored score is not what the grader says, unknown items, items called twice."""
+    faults: list[str] = []
+    counted = Counter(call.key for call in calls)
+    faults += [f"{file}: item {key} is there {n} times" for key, n in counted.items() if n > 1]
+    for line, call in enumerate(calls, start=2):
+        if call.key not in items:
+            faults.append(f"{file} line {line}: no item {call.key!r} in {EXCHANGES}")
+        elif score_of(items[call.key], call) != call.score:
+            graded = score_of(items[call.key], call)
+            faults.append(f"{file} line {line}: score {call.score} there, {graded} by its grader")
+    return faults
+
+
+def _candidate(found: _Evidence, name: str) -> Candidate:
+    header, calls = found.proofs[name]
+    proof = judge(header, found.exchanges.records, calls)
+    return Candidate(
+        model=_model(found, name, proof.candidate_tokens),
+        fit=_fit(found.planned(name)),
+        lineage=found.question.lineage.get(name, []),
+        proof=proof,
+    )
+
+
+def _incumbent_tokens(candidates: Sequence[Candidate]) -> Tokens | None:
+    return candidates[0].proof.incumbent_tokens if candidates else None
+
+
+def _model(found: _Evidence, name: str, tokens: Tokens | None) -> Model:
+    sheet, planned = found.sheet(name), found.planned(name)
+    return Model(
+        name=name,
+        parameters=sheet.parameters or planned.parameters,
+        context_length=sheet.context_length or planned.context_window,
+        modalities=sheet.modalities or planned.modalities,
+        memory_bytes=sheet.memory_bytes,
+        file_bytes=sheet.file_bytes,
+        benchmarks=_benchmarks(found, name),
+        speed=speed(sheet),
+        cost=cost(sheet, tokens) if tokens is not None else None,
+    )
+
+
+def _benchmarks(found: _Evidence, model: str) -> dict[str, BenchmarkResult]:
+    results: dict[str, BenchmarkResult] = {}
+    for bench in found.benches:
+        if bench.header.model != model:
+            continue
+        other = found.bench(bench.header.suite, found.question.incumbent)
+        versus = paired(bench.header.suite, other, bench) if other and other is not bench else None
+        results[bench.header.suite] = BenchmarkResult(
+            accuracy=accuracy(bench.header, bench.records), versus=versus
+        )
+    return results
+
+
+def _fit(planned: _PlanModel) -> Fit:
+    return Fit(
+        share=planned.share,
+        misfits=planned.misfits,
+        unverified=planned.unverified,
+        usd_per_month=planned.usd_per_month,
+        retires=planned.retires,
+        days_left=planned.days_left,
+    )
+
+
+def _exposure(plan: _Plan) -> Exposure:
+    return Exposure(
+        calls=plan.calls,
+        window_days=plan.window_days,
+        tokens=plan.tokens,
+        completed_tasks=plan.completed_tasks,
+        usd_per_month=plan.incumbent.usd_per_month,
+        successor=plan.successor,
+    )
+
+
+def _days_left(question: Question) -> int | None:
+    import datetime as dt
+
+    if not question.retires:
+        return None
+    today = dt.datetime.fromtimestamp(question.created, dt.UTC).date()
+    return (dt.date.fromisoformat(question.retires) - today).days
+
+
+def _traffic(found: _Evidence) -> Traffic:
+    items = found.exchanges.records
+    return Traffic(
+        items=len(items),
+        first_at=min(item.at for item in items),
+        last_at=max(item.at for item in items),
+        tasks=dict(sorted(Counter(item.task for item in items).items())),
+        clusters=len({item.cluster or item.key for item in items}),
+        graded_by=dict(sorted(Counter(str(item.grader) for item in items).items())),
+        by_agreement=sum(item.agreement for item in items),
+        exchanges_sha256=sha256_of(found.folder / EXCHANGES),
+        sample_sha256=found.question.sample_sha256,
+    )
+
+
+def _overall(candidates: Sequence[Candidate]) -> Verdict:
+    verdicts = {candidate.proof.verdict for candidate in candidates}
+    return next((v for v in (Verdict.PASS, Verdict.UNDECIDED) if v in verdicts), Verdict.FAIL)
+
+
+def _winner(candidates: Sequence[Candidate]) -> Candidate | None:
+    passed = [c for c in candidates if c.proof.verdict is Verdict.PASS]
+    prices = [c.model.cost.usd_per_completed_task if c.model.cost else None for c in passed]
+    if passed and all(price is not None for price in prices):
+        return passed[prices.index(min(p for p in prices if p is not None))]
+    return max(passed, key=lambda c: c.proof.candidate_mean, default=None)
+
+
+def _files(folder: Path) -> list[EvidenceFile]:
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.endswith(".part"))
+    return [
+        EvidenceFile(
+            file=f"{EVIDENCE}/{file.relative_to(folder).as_posix()}",
+            sha256=sha256_of(file),
+            bytes=file.stat().st_size,
+            lines=file.read_bytes().count(b"\n"),
+        )
+        for file in files
+    ]
+
+
+def _flicker(found: _Evidence, candidates: Sequence[Candidate]) -> list[Flicker]:
+    items = {item.key: item for item in found.exchanges.records}
+    by_model = {lines.header.model: lines for lines in found.repeats}
+    own = by_model.get(found.question.incumbent)
+    incumbent = flicker(own, items, None) if own else None
+    measured = [incumbent] if incumbent else []
+    for candidate in candidates:
+        name = candidate.model.name
+        firsts = {call.key: call for call in found.proofs[name].records}
+        again = flicker(by_model[name], items, firsts) if name in by_model else None
+        if again is not None:
+            measured.append(against(again, incumbent, candidate.proof))
+    return measured
+
+
+def _tasks(found: _Evidence, candidates: Sequence[Candidate]) -> list[TaskFigures]:
+    items = {item.key: item for item in found.exchanges.records}
+    proofs = [candidate.proof for candidate in candidates]
+    own = [of_incumbent(p, items, found.sheet(found.question.incumbent)) for p in proofs[:1]]
+    return own + [
+        of_candidate(
+            p, items, {c.key: c for c in found.proofs[p.candidate].records}, found.sheet(p.candidate)
+        )
+        for p in proofs
+    ]
+
+
+def _judged(found: _Evidence) -> list[Judged]:
+    items = {item.key: item for item in found.exchanges.records}
+    return [
+        judge_files.judged(
+            lines, items, {c.key: c for c in found.proofs[lines.header.candidate].records}, found.labels
+        )
+        for lines in found.judgements
+        if lines.header.candidate in found.proofs
+    ]
+
+
+def encode(certificate: Certificate) -> bytes:
+    """`certificate.json`: numbers rounded to DIGITS significant digits, keys in the order of the structs."""
+    plain = rounded(msgspec.to_builtins(certificate))
+    return msgspec.json.format(msgspec.json.encode(plain), indent=1) + b"\n"
+
+
+def rounded(value: Any) -> Any:
+    """Floats within plain values, rounded to DIGITS significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in cast(Json, value).items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner) for inner in cast(Sequence[Any], value)]
+    return value
+
+
+def write(folder: Path) -> Certificate:
+    """Build the certificate and write it with its page. Raises EvidenceError as `build` does."""
+    from understudy.evaluate.report import render
+
+    encoded = encode(build(folder))
+    certificate = msgspec.json.decode(encoded, type=Certificate)
+    (folder / CERTIFICATE).write_bytes(encoded)
+    (folder / PAGE).write_text(render(certificate, encoded), encoding="utf-8")
+    return certificate

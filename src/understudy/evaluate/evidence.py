@@ -1,0 +1,278 @@
+"""Evidence files: what was asked, what was answered, one JSON line each under a header.
+
+`exchanges.jsonl` holds the held-out items with the incumbent's answers; one file per candidate holds its
+calls. Lines are only ever appended, so a run that was killed goes on where it stopped; a last line that was
+cut off is dropped. It ignores what the lines prove (proof).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from io import BufferedWriter
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
+
+import msgspec
+
+from understudy.errors import EvidenceError, InputError
+from understudy.evaluate.grade import GraderName, Reply, grade, reply_of, standard
+from understudy.evaluate.sequential import Design
+from understudy.protocol import Json, Usage, text_of
+from understudy.traffic.sample import Exchange
+
+EXCHANGES = "exchanges.jsonl"
+SYNC_S = 0.2
+"""Longest time between a line and its fdatasync while lines keep coming."""
+PROMPT_CHARS = 4000
+"""Characters of the last user message kept for the report's side-by-side view."""
+
+
+class ExchangesHeader(msgspec.Struct, frozen=True, kw_only=True, tag="exchanges", tag_field="kind"):
+    """First line of `exchanges.jsonl`."""
+
+    alias: str
+    incumbent: str
+    """ENDPOINT/MODEL that answered most of the items."""
+    items: int
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One held-out exchange: the question, the standard and the incumbent's answer with its score."""
+
+    key: str
+    prompt_hash: str
+    at: float = 0.0
+    task: str = ""
+    """The tag task=…; strata of the report."""
+    cluster: str = ""
+    """Task id: calls that belong together."""
+    prompt: str = ""
+    """The last user message, clipped."""
+    grader: GraderName
+    expected: str
+    agreement: bool = False
+    """Expected is the incumbent's own answer."""
+    reply: Reply
+    """The incumbent's."""
+    score: float
+    usage: Usage | None = None
+    total_s: float = 0.0
+    finish_reason: str = ""
+
+
+class ProofHeader(msgspec.Struct, frozen=True, kw_only=True, tag="proof", tag_field="kind"):
+    """First line of a candidate's file, written before its first call: the seed is committed here."""
+
+    candidate: str
+    incumbent: str
+    seed: int
+    margin: float
+    alpha: float
+    beta: float
+    candidates: int
+    """Candidates tried side by side."""
+    good: float
+    """See `sequential.Design.good`."""
+    budget: int
+    """Most calls; 0: all items."""
+    exchanges_sha256: str
+    """Of `exchanges.jsonl`: the question this file answers."""
+
+    @property
+    def design(self) -> Design:
+        return Design(self.margin, self.alpha, self.beta, self.candidates, self.good)
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One paid call of a candidate."""
+
+    key: str
+    """The item's."""
+    reply: Reply = Reply()
+    score: float
+    error: str = ""
+    """What went wrong; the score is then 0."""
+    usage: Usage | None = None
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    attempts: int = 1
+    finish_reason: str = ""
+    cached: bool = False
+    """An earlier evaluation had paid for this very request."""
+
+
+H = TypeVar("H")
+R = TypeVar("R")
+
+
+class Lines(NamedTuple, Generic[H, R]):
+    """A file's header and records."""
+
+    header: H
+    records: list[R]
+
+
+def file_name(model: str, prefix: str = "") -> str:
+    """Evidence file of a model; distinct models get distinct names whatever characters they hold."""
+    plain = re.sub(r"[^A-Za-z0-9._-]", "-", model)
+    mark = "" if plain == model else "-" + hashlib.sha256(model.encode()).hexdigest()[:6]
+    return f"{prefix}{plain}{mark}.jsonl"
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_lines(path: Path, header: type[H], record: type[R]) -> Lines[H, R]:
+    """Header and records of an evidence file.
+
+    A cut-off last line is left out. Raises EvidenceError when the file is missing, or naming the line that is
+    not what it should be.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise EvidenceError(str(path), [f"{path.name} cannot be read: {error.strerror}"]) from error
+    if len(lines) < 2:
+        raise EvidenceError(str(path), [f"{path.name} has no complete header line"])
+    return Lines(
+        _decode(path, 1, lines[0], header),
+        [_decode(path, number, line, record) for number, line in enumerate(lines[1:-1], start=2)],
+    )
+
+
+def _decode(path: Path, number: int, line: bytes, kind: type[R]) -> R:
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise EvidenceError(str(path), [f"{path.name} line {number}: {error}"]) from error
+
+
+def encode_line(value: msgspec.Struct) -> bytes:
+    return msgspec.json.encode(value) + b"\n"
+
+
+class Journal:
+    """An evidence file open for appending.
+
+    Each line is with the operating system before the call counts as made, so killing the process loses none;
+    it is on disk within SYNC_S seconds.
+    """
+
+    def __init__(self, path: Path, header: msgspec.Struct) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not path.exists() or b"\n" not in path.read_bytes()
+        if not fresh:
+            _drop_cut_line(path)
+        self._synced = 0.0
+        self._file: BufferedWriter = path.open("wb" if fresh else "ab")
+        if fresh:
+            self.append(header)
+
+    def append(self, value: msgspec.Struct) -> None:
+        self._file.write(encode_line(value))
+        self._file.flush()
+        if time.monotonic() - self._synced > SYNC_S:
+            self._sync()
+
+    def _sync(self) -> None:
+        os.fdatasync(self._file.fileno())
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sync()
+        self._file.close()
+
+
+def _drop_cut_line(path: Path) -> None:
+    content = path.read_bytes()
+    keep = content.rfind(b"\n") + 1
+    if keep < len(content):
+        os.truncate(path, keep)
+
+
+def write_exchanges(folder: Path, sample: Sequence[Exchange]) -> list[Item]:
+    """Freeze the held-out sample as ``folder/exchanges.jsonl`` and grade the incumbent's answers.
+
+    Written once; the same sample again changes nothing. Raises InputError when the folder holds another
+    sample, for calls already paid would then answer another question.
+    """
+    if not sample:
+        raise InputError(
+            "no held-out exchanges to prove a candidate on",
+            expected="recorded chat calls of the alias",
+            next_step="record more traffic through `understudy up`, or raise evaluate.held_out",
+        )
+    items = [item_of(exchange) for exchange in sample]
+    header = ExchangesHeader(alias=sample[0].alias, incumbent=incumbent_of(sample), items=len(items))
+    content = b"".join(encode_line(x) for x in (header, *items))
+    path = folder / EXCHANGES
+    if path.exists() and path.read_bytes() != content:
+        raise InputError(
+            f"{path} holds another sample of traffic",
+            expected="the sample this evidence was begun with",
+            next_step=f"go on with that traffic, or move {folder} away to begin anew",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, content)
+    return items
+
+
+def read_exchanges(folder: Path) -> Lines[ExchangesHeader, Item]:
+    return read_lines(folder / EXCHANGES, ExchangesHeader, Item)
+
+
+def item_of(exchange: Exchange) -> Item:
+    """The evidence line of an exchange."""
+    rule, reply = standard(exchange), reply_of(exchange.body)
+    return Item(
+        key=exchange.key,
+        prompt_hash=exchange.prompt_hash,
+        at=exchange.at,
+        task=exchange.tags.get("task", ""),
+        cluster=exchange.task_id,
+        prompt=shown_prompt(exchange.request),
+        grader=rule.grader,
+        expected=rule.expected,
+        agreement=rule.agreement,
+        reply=reply,
+        score=grade(rule.grader, reply, rule.expected),
+        usage=exchange.usage,
+        total_s=exchange.total_s,
+        finish_reason=finish_reason(exchange.body),
+    )
+
+
+def finish_reason(body: Json) -> str:
+    choices = cast(list[Json], body.get("choices") or [])
+    return str(choices[0].get("finish_reason") or "") if choices else ""
+
+
+def shown_prompt(request: Json) -> str:
+    """The last user message of a request, clipped to PROMPT_CHARS."""
+    messages = cast(list[dict[str, Any]], request.get("messages") or [])
+    asked = [text_of(m.get("content")) for m in messages if m.get("role") == "user"]
+    text = asked[-1] if asked else str(request.get("prompt") or "")
+    return text if len(text) <= PROMPT_CHARS else text[:PROMPT_CHARS] + "…"
+
+
+def incumbent_of(sample: Iterable[Exchange]) -> str:
+    """ENDPOINT/MODEL that answered most of a sample."""
+    targets = [exchange.target for exchange in sample]
+    return max(sorted(set(targets)), key=targets.count)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """All or nothing: a reader never sees half a file."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_bytes(content)
+    part.replace(path)

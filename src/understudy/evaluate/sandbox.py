@@ -1,0 +1,142 @@
+"""Running a model's Python where it can do no harm: no network, no files but its own, little time and memory.
+
+A process of its own in new user, network and process namespaces (`unshare`), under Landlock: it reads the
+interpreter and its library, writes only in an empty folder that is deleted, and sees no home, no keys and no
+other process. Where the system does not permit this, running is refused, never done unprotected. It ignores
+other languages. A kernel's own faults are beyond it: for code from an adversary, use a virtual machine.
+
+Sources: unshare(1); landlock(7) and linux/landlock.h (access rights by ABI); setrlimit(2).
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+from understudy.errors import InputError
+
+SECONDS = 5
+"""CPU seconds; the wall clock gives twice as many."""
+MEMORY_BYTES = 512 * 2**20
+PROCESSES = 16
+FILE_BYTES = 16 * 2**20
+_UNSHARE = ("--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
+
+
+class Ran(NamedTuple):
+    """How a program ended."""
+
+    passed: bool
+    """It came to its end without an error."""
+    reason: str
+    """passed, failed or out of time."""
+
+
+# Runs inside: -I -S, given (exit code for success, limits, readable folders, own folder, program) on stdin.
+_INSIDE = r"""
+import ctypes, json, os, resource, sys
+done, seconds, memory, processes, size, readable, own, program = json.load(sys.stdin)
+libc = ctypes.CDLL(None, use_errno=True)
+abi = libc.syscall(444, None, 0, 1)
+if abi < 1 or libc.prctl(38, 1, 0, 0, 0):
+    os._exit(99)
+rights = (1 << 13) - 1 | (1 << 13 if abi >= 2 else 0) | (1 << 14 if abi >= 3 else 0)
+handled = ctypes.c_uint64(rights)
+rules = libc.syscall(444, ctypes.byref(handled), 8, 0)
+class Beneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("access", ctypes.c_uint64), ("parent", ctypes.c_int32)]
+def allow(path, access):
+    try:
+        parent = os.open(path, os.O_PATH)
+    except OSError:
+        return
+    if libc.syscall(445, rules, 1, ctypes.byref(Beneath(access, parent)), 0):
+        os._exit(99)
+    os.close(parent)
+for path in readable:
+    allow(path, 1 | 4 | 8)
+for path in ("/dev/null", "/dev/urandom"):
+    allow(path, 2 | 4)
+allow(own, rights)
+for limit, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory),
+                     (resource.RLIMIT_NPROC, processes), (resource.RLIMIT_FSIZE, size),
+                     (resource.RLIMIT_CORE, 0)):
+    resource.setrlimit(limit, (value, value))
+os.chdir(own)
+if libc.syscall(446, rules, 0):
+    os._exit(99)
+try:
+    exec(compile(program, "answer.py", "exec"), {"__name__": "__main__"})
+except BaseException:
+    os._exit(1)
+os._exit(done)
+"""
+
+
+@lru_cache(maxsize=4096)
+def run(program: str, *, seconds: int = SECONDS, memory: int = MEMORY_BYTES) -> Ran:
+    """Run a Python program and say whether it came to its end; its output is dropped.
+
+    A program that exits by itself, with whatever code, has not passed: what follows was not run. Raises
+    InputError where the protection cannot be had.
+    """
+    unshare = _protection()
+    done = 100 + secrets.randbelow(100)
+    with tempfile.TemporaryDirectory(prefix="understudy-") as own:
+        limits = [seconds, memory, PROCESSES, FILE_BYTES]
+        told = msgspec.json.encode([done, *limits, _readable(), own, program])
+        command = [unshare, *_UNSHARE, "--", sys.executable, "-I", "-S", "-B", "-c", _INSIDE]
+        try:
+            ended = subprocess.run(  # noqa: S603  (our own command; the program travels on stdin)
+                command,
+                input=told,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={"PATH": "/usr/bin:/bin", "HOME": own},
+                cwd=own,
+                timeout=2 * seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Ran(False, "out of time")
+    if ended.returncode == 99:
+        raise _refused("the kernel has no Landlock")
+    return Ran(ended.returncode == done, "passed" if ended.returncode == done else "failed")
+
+
+def _readable() -> list[str]:
+    """The interpreter and what it loads."""
+    paths = sysconfig.get_paths()
+    own = {sys.prefix, sys.base_prefix, paths["stdlib"], paths["platstdlib"]}
+    return sorted({"/usr", "/lib", "/lib64", "/bin", *own} - {"/"})
+
+
+@lru_cache(maxsize=1)
+def _protection() -> str:
+    """Path of an `unshare` that works here."""
+    unshare = shutil.which("unshare")
+    if sys.platform != "linux" or unshare is None:
+        raise _refused("there is no unshare")
+    tried = subprocess.run(  # noqa: S603  (our own command)
+        [unshare, *_UNSHARE, "--", "true"], capture_output=True, check=False, timeout=10
+    )
+    if tried.returncode:
+        raise _refused(tried.stderr.decode(errors="replace").strip())
+    return unshare
+
+
+def _refused(reason: str) -> InputError:
+    return InputError(
+        f"a model's code is not run here, for its network and files cannot be cut off: {reason}",
+        expected="Linux 5.13 or later with unprivileged user namespaces and Landlock",
+        next_step="run the evaluation on such a host, or grade by another grader than code",
+    )
