@@ -1,0 +1,1 @@
+"""A model of your own: structured pruning and distillation of an open teacher."""

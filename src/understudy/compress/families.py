@@ -1,0 +1,288 @@
+"""What Understudy knows of model architectures: one `Family` per architecture, one view of a decoder layer.
+
+A family says where a layer keeps its projections and norms and how its configuration spells a shape; every
+other file speaks of heads, channels, layers and width. It ignores how anything is scored or cut.
+
+An adapter for a new family needs: the `model_type`, the norms around both residual branches, whether norm
+gains are stored as an offset from one, and whether the embedding is scaled by the width. The test
+`test_compress_families.py` then proves it: layer = branches, parameters as counted, reload = memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import msgspec
+
+from understudy.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+
+class Family(NamedTuple):
+    """Where one architecture keeps what all dense decoders have."""
+
+    name: str
+    model_type: str
+    """`config.model_type` in transformers."""
+    attention_norm: str = "input_layernorm"
+    """Norm before the attention branch."""
+    attention_post_norm: str = ""
+    """Norm on the attention branch's output; empty when the branch ends with `o_proj`."""
+    ffn_norm: str = "post_attention_layernorm"
+    ffn_post_norm: str = ""
+    gain_offset: float = 0.0
+    """The norm multiplies by `gain_offset + weight`."""
+    scaled_embedding: bool = False
+    """The embedding is multiplied by √width, so a narrower model needs its scale put right."""
+    heads_divide_width: bool = False
+    """transformers refuses a configuration whose width is no multiple of its query heads."""
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family("Llama", "llama", heads_divide_width=True),
+    Family("Mistral", "mistral"),
+    Family("Qwen2", "qwen2"),
+    Family("Qwen3", "qwen3"),
+    Family(
+        "Gemma 3 text",
+        "gemma3_text",
+        attention_post_norm="post_attention_layernorm",
+        ffn_norm="pre_feedforward_layernorm",
+        ffn_post_norm="post_feedforward_layernorm",
+        gain_offset=1.0,
+        scaled_embedding=True,
+        heads_divide_width=True,
+    ),
+)
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """The size of a decoder on every axis that can be pruned, and of those that cannot."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.heads // self.kv_heads
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, width {self.hidden}, FFN {self.ffn}, "
+            f"{self.heads} query / {self.kv_heads} KV heads of {self.head_dim}"
+        )
+
+
+class Extras(NamedTuple):
+    """What adds parameters beside the projections' matrices, and what restricts shapes."""
+
+    tied: bool
+    q_bias: bool
+    kv_bias: bool
+    o_bias: bool
+    ffn_bias: bool
+    qk_norms: bool
+    norms: int
+    """Norms of the full width in one layer."""
+    heads_divide_width: bool
+    """As `Family.heads_divide_width`."""
+
+
+def bias_of(linear: nn.Linear) -> nn.Parameter | None:
+    """torch declares every bias to be there."""
+    return cast("nn.Parameter | None", linear.bias)
+
+
+class Layer:
+    """One decoder layer as two residual branches: h + attention(h), then h + feed_forward(h)."""
+
+    def __init__(self, module: nn.Module, family: Family) -> None:
+        self.module = module
+        self.family = family
+
+    def linear(self, path: str) -> nn.Linear:
+        return cast("nn.Linear", self.module.get_submodule(path))
+
+    @property
+    def q(self) -> nn.Linear:
+        return self.linear("self_attn.q_proj")
+
+    @property
+    def k(self) -> nn.Linear:
+        return self.linear("self_attn.k_proj")
+
+    @property
+    def v(self) -> nn.Linear:
+        return self.linear("self_attn.v_proj")
+
+    @property
+    def o(self) -> nn.Linear:
+        return self.linear("self_attn.o_proj")
+
+    @property
+    def gate(self) -> nn.Linear:
+        return self.linear("mlp.gate_proj")
+
+    @property
+    def up(self) -> nn.Linear:
+        return self.linear("mlp.up_proj")
+
+    @property
+    def down(self) -> nn.Linear:
+        return self.linear("mlp.down_proj")
+
+    @property
+    def writes_through_norm(self) -> bool:
+        """Whether a norm stands between the projections that write and the residual stream."""
+        return bool(self.family.attention_post_norm)
+
+    def attention(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The attention branch's addition to the stream; ``call`` as recorded by `calibrate`."""
+        normed = self.read_attention(hidden)
+        out = self.module.get_submodule("self_attn")(hidden_states=normed, **call)[0]
+        return self._after(self.family.attention_post_norm, out)
+
+    def write_attention(self, mixed: Tensor) -> Tensor:
+        """The end of the attention branch, from what enters `o_proj`."""
+        return self._after(self.family.attention_post_norm, self.o(mixed))
+
+    def feed_forward(self, hidden: Tensor) -> Tensor:
+        """The feed-forward branch's addition to the stream."""
+        normed = self.read_feed_forward(hidden)
+        return self._after(self.family.ffn_post_norm, self.module.get_submodule("mlp")(normed))
+
+    def read_attention(self, hidden: Tensor) -> Tensor:
+        """What q, k and v read of the stream."""
+        return self.module.get_submodule(self.family.attention_norm)(hidden)
+
+    def read_feed_forward(self, hidden: Tensor) -> Tensor:
+        """What gate and up read of the stream."""
+        return self.module.get_submodule(self.family.ffn_norm)(hidden)
+
+    def write_feed_forward(self, channels: Tensor) -> Tensor:
+        """The end of the feed-forward branch, from what enters `down_proj`."""
+        return self._after(self.family.ffn_post_norm, self.down(channels))
+
+    def regroup(self, heads: int, kv_heads: int) -> None:
+        """Tell the attention module its new grouping; the number of heads it reads off its weights."""
+        attention = cast(Any, self.module.get_submodule("self_attn"))
+        attention.num_key_value_groups = heads // kv_heads
+
+    def _after(self, norm: str, out: Tensor) -> Tensor:
+        return self.module.get_submodule(norm)(out) if norm else out
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The adapter for a model. Raises ModelError for an architecture that none fits."""
+    model_type = str(model.config.model_type)
+    for family in FAMILIES:
+        if family.model_type == model_type:
+            _refuse_experts(model)
+            return family
+    raise ModelError(
+        f"no adapter for the model type {model_type!r}",
+        expected="one of: " + ", ".join(f.model_type for f in FAMILIES),
+        next_step="add a Family to compress/families.py: model_type, the norms around attention and "
+        "feed-forward, gain offset, embedding scale; its tests say whether it is right",
+    )
+
+
+def _refuse_experts(model: PreTrainedModel) -> None:
+    if getattr(model.config, "use_bidirectional_attention", False):
+        raise ModelError("the model attends in both directions", expected="a causal decoder")
+
+
+def body(model: PreTrainedModel) -> Any:
+    """The decoder without its head: embedding, layers, final norm."""
+    return cast(Any, model).model
+
+
+def layers_of(model: PreTrainedModel) -> list[Layer]:
+    family = family_of(model)
+    return [Layer(module, family) for module in body(model).layers]
+
+
+def head_weight(model: PreTrainedModel) -> Tensor:
+    """The output matrix, (vocab, width); the embedding itself when tied."""
+    return cast(Any, model).lm_head.weight
+
+
+def vocabulary_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The embedding, and the output matrix where it is another."""
+    embedding, head = cast("nn.Parameter", body(model).embed_tokens.weight), head_weight(model)
+    return [embedding] if head is embedding else [embedding, cast("nn.Parameter", head)]
+
+
+def softcap_of(model: PreTrainedModel) -> float:
+    """c where logits are c·tanh(logits/c); 0 for none."""
+    return float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """The shape as the weights have it, which the configuration must agree with."""
+    config, layers = cast(Any, model.config), layers_of(model)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    first = layers[0]
+    return Shape(
+        layers=len(layers),
+        hidden=first.down.out_features,
+        ffn=first.down.in_features,
+        heads=first.o.in_features // head_dim,
+        kv_heads=first.k.out_features // head_dim,
+        head_dim=head_dim,
+        vocab=int(head_weight(model).shape[0]),
+    )
+
+
+def extras_of(model: PreTrainedModel) -> Extras:
+    layer = layers_of(model)[0]
+    family = layer.family
+    norms = (family.attention_norm, family.attention_post_norm, family.ffn_norm, family.ffn_post_norm)
+    return Extras(
+        tied=bool(model.config.tie_word_embeddings),
+        q_bias=bias_of(layer.q) is not None,
+        kv_bias=bias_of(layer.k) is not None,
+        o_bias=bias_of(layer.o) is not None,
+        ffn_bias=bias_of(layer.down) is not None,
+        qk_norms=hasattr(layer.module.get_submodule("self_attn"), "q_norm"),
+        norms=sum(bool(n) for n in norms),
+        heads_divide_width=family.heads_divide_width,
+    )
+
+
+def layer_parameters(shape: Shape, extras: Extras) -> int:
+    """Parameters of one decoder layer of this shape."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    count = 2 * shape.hidden * q + 2 * shape.hidden * kv + 3 * shape.hidden * shape.ffn
+    count += extras.q_bias * q + 2 * extras.kv_bias * kv + extras.o_bias * shape.hidden
+    count += extras.ffn_bias * (2 * shape.ffn + shape.hidden)
+    return count + extras.norms * shape.hidden + extras.qk_norms * 2 * shape.head_dim
+
+
+def parameters(shape: Shape, extras: Extras) -> int:
+    """Parameters of a model of this shape, tied embeddings counted once."""
+    embeddings = shape.vocab * shape.hidden * (1 if extras.tied else 2)
+    return embeddings + shape.hidden + shape.layers * layer_parameters(shape, extras)
+
+
+def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) -> None:
+    """Spell a shape in the model's configuration, `head_dim` always written out."""
+    config = cast(Any, model.config)
+    config.num_hidden_layers = shape.layers
+    config.hidden_size = shape.hidden
+    config.intermediate_size = shape.ffn
+    config.num_attention_heads = shape.heads
+    config.num_key_value_heads = shape.kv_heads
+    config.head_dim = shape.head_dim
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept_layers]

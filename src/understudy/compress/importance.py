@@ -1,0 +1,182 @@
+"""Which channels and heads matter, and the least-squares refit that makes up for the rest.
+
+Everything here is a function of a writing projection's weight W (width, n) and the `Gram` of its input. It
+ignores models, layers and plans.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from understudy.compress.calibrate import Gram
+
+Score = Literal["output", "magnitude", "wanda-sp", "minitron", "flap", "random"]
+ENUMERATE_UP_TO = 256
+"""Subsets of heads tried exhaustively; beyond, heads leave one at a time."""
+
+
+class Gated(NamedTuple):
+    """The weights of a gated feed-forward block: gate and up (n, width), down (width, n)."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Heads(NamedTuple):
+    """Kept heads by index into the layer as it is."""
+
+    query: list[int]
+    kv: list[int]
+
+
+def channel_scores(score: Score, block: Gated, gram: Gram) -> Tensor:
+    """Importance of each FFN channel, (n,), larger is kept.
+
+    ``output`` (ours) √H_jj·‖W_:j‖ with H = Σxxᵀ, the norm of the channel's own contribution.
+    Sources of the others: Wanda-sp and FLAP arXiv 2312.11983, Minitron arXiv 2407.14679 §2.2, magnitude:
+    the L2 norm of all of a channel's weights.
+    """
+    norm = block.down.norm(dim=0)
+    mean = gram.first / max(gram.tokens, 1)
+    power = gram.second.diagonal() / max(gram.tokens, 1)
+    if score == "output":
+        return power.sqrt() * norm
+    if score == "wanda-sp":
+        return power.sqrt() * block.down.abs().sum(0)
+    if score == "minitron":
+        return gram.absolute
+    if score == "flap":
+        return (power - mean.square()).clamp(min=0) * norm.square()
+    if score == "magnitude":
+        return (block.gate.square().sum(1) + block.up.square().sum(1) + norm.square()).sqrt()
+    return torch.rand(len(norm), generator=torch.Generator().manual_seed(len(norm)))
+
+
+def top(scores: Tensor, count: int) -> list[int]:
+    """Indices of the ``count`` largest scores, ascending; ties go to the lower index."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    return sorted(order[:count].tolist())
+
+
+def refit(weight: Tensor, gram: Gram, keep: list[int], *, ridge: float = 1e-2, pull: float = 0.0) -> Tensor:
+    """The kept columns of W, refitted so that W'x_S is closest to Wx + pull·d over the calibration tokens.
+
+    W'ᵀ = (H_SS + λI)⁻¹(H_S: Wᵀ + pull·X_Sᵀd + λW_Sᵀ), λ = ridge·mean diag(H_SS): a ridge toward the original
+    weights, so a direction never seen keeps them. Solved in float64; (width, |keep|) in the weight's dtype.
+    """
+    at = torch.tensor(keep)
+    original = weight.double()
+    rows = gram.second[at].double()
+    inner = rows[:, at]
+    strength = _strength(inner, ridge)
+    wanted = rows @ original.T + strength * original[:, at].T
+    if pull:
+        wanted += pull * gram.lag[at].double()
+    return _solve(inner, wanted, strength).T.to(weight.dtype)
+
+
+def reread(weight: Tensor, gram: Gram, *, ridge: float = 1e-2, pull: float = 0.5) -> Tensor:
+    """A reading weight that answers the drifted stream x as W answers x + pull·d, d the lag to the teacher's.
+
+    W' = W + pull·W(Σ d xᵀ)(H + λI)⁻¹, the least-squares solution with a ridge toward W; float64 inside.
+    """
+    second = gram.second.double()
+    strength = _strength(second, ridge)
+    turn = _solve(second, gram.lag.double(), strength)
+    return (weight.double() + pull * weight.double() @ turn.T).to(weight.dtype)
+
+
+def _strength(inner: Tensor, ridge: float) -> Tensor:
+    """λ, never 0: what was never seen must still be solvable."""
+    return ridge * inner.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _solve(inner: Tensor, wanted: Tensor, strength: Tensor) -> Tensor:
+    """(inner + λI)⁻¹ wanted."""
+    damped = inner + strength * torch.eye(len(inner), dtype=torch.float64)
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(damped))
+
+
+def damage(weight: Tensor, gram: Gram, keep: list[int], *, ridge: float = 1e-2) -> float:
+    """Share of the projection's output power lost after `refit`: E‖Wx − W'x_S‖² / E‖Wx‖²."""
+    original, second = weight.double(), gram.second.double()
+    error = original.clone()
+    error[:, keep] -= refit(weight, gram, keep, ridge=ridge).double()
+    power = ((original @ second) * original).sum()
+    return float(((error @ second) * error).sum() / power) if power > 0 else 0.0
+
+
+def choose_heads(
+    weight: Tensor, gram: Gram, *, heads: int, kv_heads: int, keep: int, keep_kv: int, ridge: float = 1e-2
+) -> Heads:
+    """The heads whose loss the refit makes up for best: whole KV groups, then equal query heads of each.
+
+    All subsets are tried when there are at most `ENUMERATE_UP_TO`, otherwise heads are removed greedily.
+    """
+    search = _HeadSearch(weight, gram, heads, kv_heads, ridge)
+    groups = search.groups(keep_kv)
+    query = search.within(groups, keep // keep_kv)
+    return Heads(query, groups)
+
+
+class _HeadSearch:
+    """Subsets of heads by their damage at the output projection."""
+
+    def __init__(self, weight: Tensor, gram: Gram, heads: int, kv_heads: int, ridge: float) -> None:
+        self.weight, self.second, self.ridge = weight.double().T, gram.second.double(), ridge
+        self.product = self.second @ self.weight
+        self.kv_heads = kv_heads
+        self.group = heads // kv_heads
+        self.head_dim = weight.shape[1] // heads
+
+    def members(self, group: int) -> list[int]:
+        return list(range(group * self.group, (group + 1) * self.group))
+
+    def loss(self, heads: list[int]) -> float:
+        """E‖Wx − W'x_S‖² after the refit, less the constant E‖Wx‖²: many subsets share H and HWᵀ."""
+        at = torch.tensor(head_columns(heads, self.head_dim))
+        inner, wanted = self.second[at][:, at], self.product[at]
+        strength = _strength(inner, self.ridge)
+        refitted = _solve(inner, wanted + strength * self.weight[at], strength)
+        return float((refitted * (inner @ refitted - 2 * wanted)).sum())
+
+    def groups(self, count: int) -> list[int]:
+        everything = list(range(self.kv_heads))
+        if math.comb(self.kv_heads, count) <= ENUMERATE_UP_TO:
+            subsets = itertools.combinations(everything, count)
+            return list(min(subsets, key=lambda s: self.loss([h for g in s for h in self.members(g)])))
+        while len(everything) > count:
+            rest = [[g for g in everything if g != out] for out in everything]
+            everything = min(rest, key=lambda s: self.loss([h for g in s for h in self.members(g)]))
+        return everything
+
+    def within(self, groups: list[int], count: int) -> list[int]:
+        """``count`` query heads of each kept group."""
+        if count == self.group:
+            return [h for g in groups for h in self.members(g)]
+        if math.comb(self.group, count) ** len(groups) <= ENUMERATE_UP_TO:
+            choices = itertools.product(*(itertools.combinations(self.members(g), count) for g in groups))
+            return min(([h for part in choice for h in part] for choice in choices), key=self.loss)
+        return self._greedy([self.members(g) for g in groups], count)
+
+    def _greedy(self, kept: list[list[int]], count: int) -> list[int]:
+        while any(len(part) > count for part in kept):
+            trials = [
+                [[h for h in part if h != out] for part in kept]
+                for full in kept
+                if len(full) > count
+                for out in full
+            ]
+            kept = min(trials, key=lambda t: self.loss([h for part in t for h in part]))
+        return [h for part in kept for h in part]
+
+
+def head_columns(heads: list[int], head_dim: int) -> list[int]:
+    """Columns of `o_proj` (rows of `q_proj`) that belong to heads."""
+    return [h * head_dim + d for h in heads for d in range(head_dim)]

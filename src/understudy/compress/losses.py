@@ -1,0 +1,276 @@
+"""The distillation loss at the language-model head, in row chunks, with gradients computed going forward.
+
+loss = Σ_i [ kl_i·T²·KL(p_i‖q_i) + ce_i·(−log q_i(label_i)) ] / normaliser
+
+over the rows whose weights are not both zero. Logits exist for one chunk of rows at a time and are turned
+into gradients of the hidden state and the head at once, so the memory is two chunks of logits and one head,
+whatever the batch. It ignores where rows come from (corpus) and who the teacher is (teacher).
+
+Source: the chunked gradient-in-forward scheme is Liger Kernel's (arXiv 2410.10989 §3.3); KL at a temperature
+with T² is arXiv 1503.02531 §2; skew KL arXiv 2402.03898 §3; Jensen–Shannon arXiv 2306.13649 §3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["forward", "reverse", "jensen-shannon", "skew"]
+BLOCK = 16
+"""Rows worked on at once between matrix products: a few MiB, so that they stay in the cache."""
+SKEW = 0.1
+"""Share of the teacher in skew KL's mixture."""
+
+
+class Rows(NamedTuple):
+    """What is learnt at each position; all first dimensions are equal."""
+
+    teacher: Tensor
+    """Teacher's final hidden states, (rows, teacher width)."""
+    labels: Tensor
+    """The next token, int64 (rows,)."""
+    kl: Tensor
+    """Weight of the divergence from the teacher, (rows,)."""
+    ce: Tensor
+    """Weight of cross-entropy with the label, (rows,)."""
+
+
+class Head(NamedTuple):
+    """An output matrix (vocab, width), and c of its logit soft-cap (0: none)."""
+
+    weight: Tensor
+    softcap: float = 0.0
+
+
+class Side(NamedTuple):
+    """One model at some positions."""
+
+    hidden: Tensor
+    """Final hidden states, (rows, width)."""
+    head: Head
+
+
+class Options(NamedTuple):
+    """How the loss is computed."""
+
+    divergence: Divergence = "forward"
+    temperature: float = 1.0
+    softcap: float = 0.0
+    """c of the student's logit soft-cap (0: none)."""
+    chunk: int = 256
+    """Rows whose logits exist at once."""
+
+
+class Loss(NamedTuple):
+    """Scalars; only ``total`` carries a gradient."""
+
+    total: Tensor
+    kl: Tensor
+    """Sum over rows of the divergence (at its weight), not normalised."""
+    ce: Tensor
+    """Sum over rows of cross-entropy (at its weight), not normalised."""
+
+
+def distillation_loss(
+    hidden: Tensor,
+    head: Tensor,
+    rows: Rows,
+    teacher: Head,
+    *,
+    normaliser: float,
+    options: Options = Options(),  # noqa: B008 -- an immutable tuple
+) -> Loss:
+    """The loss of student states ``hidden`` (rows, width) under ``head`` (vocab, width).
+
+    ``normaliser`` is the number of valid tokens of the *whole* step, over all micro-batches and processes, so
+    accumulation changes nothing. No valid row gives 0 with zero gradients. A vocabulary padded further than
+    the other is cut to the shorter one.
+    """
+    valid = (rows.kl != 0) | (rows.ce != 0)
+    compact = Rows(*(part[valid] for part in rows))
+    total, kl, ce = cast(Any, _ChunkedLoss).apply(
+        hidden[valid], head, *compact, teacher, max(normaliser, 1.0), options
+    )
+    return Loss(total, kl, ce)
+
+
+@torch.no_grad()
+def kl_rows(teacher: Side, student: Side, chunk: int = 256) -> Tensor:
+    """KL(teacher‖student) of each row, (rows,), without gradients."""
+    found: list[Tensor] = []
+    for _, (a, b) in logit_blocks((teacher, student), chunk):
+        found.append(_forward_kl(_normalise(a), _normalise(b))[0])
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def logit_blocks(sides: Sequence[Side], chunk: int = 256) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The logits of several models for a few rows at a time: (rows, [(few, vocab) per side]).
+
+    Products are made for ``chunk`` rows at once into buffers that are used again, and handed on in blocks
+    that fit a processor's cache; a consumer may overwrite its block. Vocabularies are cut to the shortest.
+    """
+    vocab = min(len(side.head.weight) for side in sides)
+    weights = [side.head.weight[:vocab] for side in sides]
+    count = len(sides[0].hidden)
+    buffers = [torch.empty(min(chunk, count), vocab, dtype=w.dtype) for w in weights]
+    for start in range(0, count, chunk):
+        for side, weight, buffer in zip(sides, weights, buffers, strict=True):
+            hidden = side.hidden[start : start + chunk].to(weight.dtype)
+            torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
+        size = min(chunk, count - start)
+        for block in _blocks(size):
+            views = [
+                _softcap_(buffer[block], side.head.softcap)
+                for side, buffer in zip(sides, buffers, strict=True)
+            ]
+            yield slice(start + block.start, start + block.stop), views
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    for start in range(0, rows, BLOCK):
+        yield slice(start, min(start + BLOCK, rows))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Gradients are made in forward, for that is where the logits are; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        kl: Tensor,
+        ce: Tensor,
+        teacher_head: Head,
+        normaliser: float,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        vocab = min(len(head), len(teacher_head.weight))
+        teacher_weight = teacher_head.weight[:vocab].to(head.dtype).T
+        wanted, given = (torch.empty(min(options.chunk, len(hidden)), vocab, dtype=head.dtype) for _ in "tw")
+        grad_hidden = torch.zeros_like(hidden)
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(hidden), options.chunk):
+            at = slice(start, start + options.chunk)
+            states, size = hidden[at], len(hidden[at])
+            torch.mm(teacher[at].to(head.dtype), teacher_weight, out=wanted[:size])
+            torch.mm(states, head[:vocab].T, out=given[:size])
+            for block in _blocks(size):
+                rows = slice(start + block.start, start + block.stop)
+                _softcap_(wanted[block], teacher_head.softcap)
+                weights = _Weights(labels[rows], kl[rows].to(head.dtype), ce[rows].to(head.dtype))
+                sums += _gradient_(wanted[block], given[block], weights, options)
+            grad = given[:size].div_(normaliser)
+            torch.mm(grad, head[:vocab], out=grad_hidden[at])
+            if grad_head is not None:
+                grad_head[:vocab].addmm_(grad.T, states)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        total = (sums.sum() / normaliser).to(hidden.dtype)
+        parts = sums[0].clone(), sums[1].clone()
+        ctx.mark_non_differentiable(*parts)
+        return total, *parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        scale = grads[0]
+        if scale.item() != 1:
+            grad_hidden = grad_hidden * scale
+            grad_head = grad_head * scale if grad_head is not None else None
+        nothing = (None,) * 7
+        return (grad_hidden, grad_head, *nothing)
+
+
+class _Weights(NamedTuple):
+    """A block's labels and weights, each (rows,)."""
+
+    labels: Tensor
+    kl: Tensor
+    ce: Tensor
+
+
+def _normalise(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=-1)
+
+
+def _gradient_(wanted: Tensor, given: Tensor, weights: _Weights, options: Options) -> Tensor:
+    """Replace the student's logits ``given`` by d loss / d (head product), not yet normalised.
+
+    ``wanted`` are the teacher's logits; both (rows, vocab). Returns the weighted sums of divergence and
+    cross-entropy, float64 (2,).
+    """
+    capped = _softcap_(given, options.softcap)
+    slope = 1 - (capped / options.softcap).square() if options.softcap else None
+    nll, plain = _cross_entropy(capped, weights) if bool(weights.ce.any()) else (torch.zeros(()), None)
+    temperature = options.temperature
+    p, q = (_normalise(x / temperature if temperature != 1 else x) for x in (wanted, capped))
+    divergence, grad = _DIVERGENCES[options.divergence](p, q)
+    kl = (divergence * weights.kl).sum() * temperature**2
+    grad = grad.mul_((weights.kl * temperature)[:, None])
+    if plain is not None:
+        grad.add_(plain)
+    if slope is not None:
+        grad.mul_(slope)
+    given.copy_(grad)
+    return torch.stack([kl.double(), nll.double()])
+
+
+def _softcap_(logits: Tensor, softcap: float) -> Tensor:
+    """c·tanh(logits/c), in place; as it is for c = 0."""
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+
+def _cross_entropy(logits: Tensor, weights: _Weights) -> tuple[Tensor, Tensor]:
+    """Weighted sum of −log q(label), and its gradient by the logits."""
+    weight, label = weights.ce[:, None], weights.labels[:, None]
+    log_q = _normalise(logits)
+    nll = -(log_q.gather(1, label) * weight).sum()
+    return nll, log_q.exp_().mul_(weight).scatter_add_(1, label, -weight)
+
+
+def _forward_kl(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p‖q) per row and q − p. Overwrites both arguments."""
+    p = wanted.exp()
+    divergence = (wanted.sub_(given).mul_(p)).sum(-1)
+    return divergence, given.exp_().sub_(p)
+
+
+def _reverse_kl(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q‖p) per row and q·(log q/p − KL)."""
+    q = given.exp()
+    ratio = given - wanted
+    divergence = (q * ratio).sum(-1)
+    return divergence, q.mul_(ratio.sub_(divergence[:, None]))
+
+
+def _jensen_shannon(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """½KL(p‖m) + ½KL(q‖m) with m = ½(p+q), per row; gradient ½q·(log q/m − KL(q‖m))."""
+    middle = torch.logaddexp(wanted, given) - math.log(2)
+    q, ratio = given.exp(), given - middle
+    back = (q * ratio).sum(-1)
+    ahead = (wanted.exp() * (wanted - middle)).sum(-1)
+    return (ahead + back) / 2, q.mul_(ratio.sub_(back[:, None])).mul_(0.5)
+
+
+def _skew_kl(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p‖αp + (1−α)q) per row; gradient q·(Σ r·q − r) with r = (1−α)p/m."""
+    mixed = torch.logaddexp(wanted + math.log(SKEW), given + math.log(1 - SKEW))
+    divergence = (wanted.exp() * (wanted - mixed)).sum(-1)
+    q = given.exp()
+    pull = (1 - SKEW) * (wanted - mixed).exp()
+    return divergence, q * ((q * pull).sum(-1, keepdim=True) - pull)
+
+
+_DIVERGENCES = {
+    "forward": _forward_kl,
+    "reverse": _reverse_kl,
+    "jensen-shannon": _jensen_shannon,
+    "skew": _skew_kl,
+}

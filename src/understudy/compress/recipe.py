@@ -1,0 +1,308 @@
+"""`own`: a student from a teacher in one resumable run: plan, prune, measure, heal, measure, save.
+
+Each step leaves a file or folder under ``out``; a step whose output is there is not done again, and a run
+whose teacher, texts or settings changed begins anew. It ignores where chats come from (traffic), GGUF
+(serve) and whether the student is good enough (evaluate).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from understudy import __version__
+from understudy.compress import checkpoint, distill
+from understudy.compress import plan as plans
+from understudy.compress.card import model_card
+from understudy.compress.corpus import Chat, Document, encode_chat, encode_text, fingerprint, take
+from understudy.compress.distill import Check, Curve, Point
+from understudy.compress.families import shape_of
+from understudy.compress.fidelity import Fidelity, fidelity
+from understudy.compress.plan import Plan
+from understudy.compress.progress import Progress, silent
+from understudy.compress.prune import Method, prune
+from understudy.compress.single import LEAST_TOKENS, Sizes, batched, decided
+from understudy.compress.teacher import LiveTeacher
+from understudy.config import Own, resolve_path
+from understudy.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MEASURED_TOKENS = 8_000
+"""Held-out tokens that fidelity is measured on."""
+CHECKED_TOKENS = 3_000
+"""Of them, those the checks during healing look at."""
+
+
+class OwnJob(NamedTuple):
+    """What a student is made from."""
+
+    teacher: str
+    """Hub id, checkpoint folder, GGUF file or package:NAME/FILE."""
+    train: list[Chat]
+    held_out: list[Chat]
+    out: Path
+    """Folder of the run: plan.json, checkpoint/, report.json."""
+    settings: Own
+    seed: int
+    calibration_text: list[str] = []
+    """Running text read beside the chats, for calibration and healing."""
+    root: Path = Path()
+    """What a relative ``teacher`` is relative to."""
+
+
+class OwnReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How a student came about; all of it JSON."""
+
+    understudy: str
+    """Version that made it."""
+    teacher: str
+    teacher_hash: str
+    """SHA-256 of the teacher's files, or hub:COMMIT."""
+    parameters_before: int
+    parameters_after: int
+    plan: Plan
+    calibration_hash: str
+    """SHA-256 of the calibration tokens."""
+    calibration_tokens: int
+    training_hash: str
+    training_tokens: int
+    """Seen in healing, epochs counted again."""
+    stopped: str
+    """Why healing ended: tokens | minutes | early."""
+    seed: int
+    before: Fidelity
+    """Pruned and refitted, not healed; on held-out chats."""
+    after: Fidelity
+    """Healed; on the same chats."""
+    points: list[Point]
+    checks: list[Check]
+    seconds: dict[str, float]
+    """Wall-clock of each step."""
+    checkpoint: str
+    lineage: list[str]
+    """Where the student comes from, a line for each step."""
+
+    @property
+    def gap_closed(self) -> float:
+        """Share of the untrained KL that healing removed."""
+        return 1 - self.after.kl / self.before.kl if self.before.kl else 0.0
+
+
+def own(job: OwnJob, progress: Progress = silent) -> OwnReport:
+    """Make the student, or go on where an earlier run stopped, or return the report that is already there.
+
+    Raises ModelError or InputError for a teacher, a budget or texts that cannot be used.
+    """
+    identity = _identity(job)
+    finished = _finished(job.out, identity)
+    if finished is not None:
+        return finished
+    _begin(job.out, identity)
+    return _Steps(job, progress).run()
+
+
+def _identity(job: OwnJob) -> str:
+    """SHA-256 over everything the student follows from, so that a changed job is never taken for finished."""
+    path = resolve_path(job.teacher, job.root)
+    weights = checkpoint.digest_of(path) if path.exists() else "hub"
+    parts = [job.teacher, weights, job.train, job.held_out, job.calibration_text, job.settings, job.seed]
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
+
+
+class _Job(msgspec.Struct):
+    """job.json."""
+
+    identity: str
+
+
+def _finished(out: Path, identity: str) -> OwnReport | None:
+    job, report = out / "job.json", out / "report.json"
+    if not (job.exists() and report.exists() and (out / "checkpoint").is_dir()):
+        return None
+    if msgspec.json.decode(job.read_bytes(), type=_Job).identity != identity:
+        return None
+    return msgspec.json.decode(report.read_bytes(), type=OwnReport)
+
+
+def _begin(out: Path, identity: str) -> None:
+    """Clear away what another job left, then claim the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    job = out / "job.json"
+    if not job.exists() or msgspec.json.decode(job.read_bytes(), type=_Job).identity != identity:
+        for name in ("report.json", "plan.json", "before.json"):
+            (out / name).unlink(missing_ok=True)
+        for name in ("pruned", "heal", "checkpoint"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    job.write_bytes(msgspec.json.encode(_Job(identity)))
+
+
+class _Texts(NamedTuple):
+    train: list[Document]
+    measured: list[Document]
+    calibration: list[Document]
+
+
+class _Before(msgspec.Struct, kw_only=True):
+    """before.json: what is known once pruning is done."""
+
+    fidelity: Fidelity
+    seconds: dict[str, float]
+
+
+class _Steps:
+    """The run; each method is one step."""
+
+    def __init__(self, job: OwnJob, progress: Progress) -> None:
+        self.job, self.out, self.progress = job, job.out, progress
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> OwnReport:
+        with self._timed("load"):
+            self.loaded = checkpoint.load(self.job.teacher, self.job.root)
+            self.texts = self._texts()
+        plan, student = self._pruned()
+        before = self._before(student)
+        curve = self._heal(student)
+        with self._timed("fidelity"):
+            after = fidelity(
+                self.loaded.model, student, batched(self.texts.measured, 2), progress=self.progress
+            )
+        return self._save(student, self._report(plan, before, curve, after))
+
+    @contextmanager
+    def _timed(self, step: str) -> Generator[None]:
+        started = time.monotonic()
+        self.progress(step, 0, 1)
+        yield
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - started
+        self.progress(step, 1, 1)
+
+    def _texts(self) -> _Texts:
+        tokenizer, job = self.loaded.tokenizer, self.job
+        train = [encode_chat(tokenizer, chat) for chat in job.train]
+        train += [encode_text(tokenizer, text) for text in job.calibration_text]
+        held_out = [encode_chat(tokenizer, chat) for chat in job.held_out]
+        count = sum(len(d.tokens) for d in train)
+        if count < LEAST_TOKENS or not held_out:
+            raise ModelError(
+                f"{count} tokens to calibrate on and {len(held_out)} held-out chats",
+                expected=f"at least {LEAST_TOKENS} tokens and one held-out chat",
+                next_step="record more traffic, or give a calibration text",
+            )
+        calibration = take(train, job.settings.calibration_tokens, job.seed)
+        return _Texts(train, take(held_out, MEASURED_TOKENS, job.seed), calibration)
+
+    def _pruned(self) -> tuple[Plan, PreTrainedModel]:
+        folder, path = self.out / "pruned", self.out / "plan.json"
+        if folder.is_dir() and path.exists():
+            return plans.load(path), checkpoint.load(folder).model
+        settings, teacher = self.job.settings, self.loaded.model
+        sizes = Sizes(params=settings.params, ffn=settings.ffn, heads=settings.heads)
+        plan = decided(shape_of(teacher), self.loaded, sizes)
+        plans.save(plan, path)
+        with self._timed("prune"):
+            student = copy.deepcopy(teacher)
+            plan = prune(
+                student, plan, batched(self.texts.calibration, LEAST_TOKENS), Method(), self.progress
+            )
+            plans.save(plan, path)
+            checkpoint.save(student, self.loaded.tokenizer, folder)
+        return plan, student
+
+    def _before(self, student: PreTrainedModel) -> Fidelity:
+        path = self.out / "before.json"
+        if path.exists():
+            before = msgspec.json.decode(path.read_bytes(), type=_Before)
+            self.seconds = before.seconds | self.seconds
+            return before.fidelity
+        with self._timed("fidelity"):
+            found = fidelity(
+                self.loaded.model, student, batched(self.texts.measured, 2), progress=self.progress
+            )
+        path.write_bytes(msgspec.json.encode(_Before(fidelity=found, seconds=self.seconds)))
+        return found
+
+    def _measured(self, student: PreTrainedModel) -> Fidelity:
+        with self._timed("fidelity"):
+            texts = batched(self.texts.measured, 2)
+            return fidelity(self.loaded.model, student, texts, progress=self.progress)
+
+    def _heal(self, student: PreTrainedModel) -> Curve:
+        settings = distill.Settings(
+            tokens=self.job.settings.distil_tokens,
+            minutes=self.job.settings.minutes,
+            learning_rate=self.job.settings.learning_rate,
+            seed=self.job.seed,
+        )
+        corpus = distill.Corpus(self.texts.train, take(self.texts.measured, CHECKED_TOKENS, self.job.seed))
+        teacher = LiveTeacher(self.loaded.model)
+        curve = distill.heal(student, teacher, corpus, settings, self.out / "heal", self.progress)
+        self.seconds["heal"] = curve.seconds
+        return curve
+
+    def _report(self, plan: Plan, before: Fidelity, curve: Curve, after: Fidelity) -> OwnReport:
+        return OwnReport(
+            understudy=__version__,
+            teacher=self.loaded.source,
+            teacher_hash=self.loaded.digest,
+            parameters_before=plan.parameters_before,
+            parameters_after=plan.parameters_after,
+            plan=plan,
+            calibration_hash=fingerprint(self.texts.calibration),
+            calibration_tokens=sum(len(d.tokens) for d in self.texts.calibration),
+            training_hash=fingerprint(self.texts.train),
+            training_tokens=curve.points[-1].tokens if curve.points else 0,
+            stopped=curve.stopped,
+            seed=self.job.seed,
+            before=before,
+            after=after,
+            points=curve.points,
+            checks=curve.checks,
+            seconds={step: round(seconds, 2) for step, seconds in self.seconds.items()},
+            checkpoint=str(self.out / "checkpoint"),
+            lineage=self._lineage(plan, curve),
+        )
+
+    def _lineage(self, plan: Plan, curve: Curve) -> list[str]:
+        count = sum(len(d.tokens) for d in self.texts.calibration)
+        trained = curve.points[-1].tokens if curve.points else 0
+        return [
+            f"teacher {self.loaded.source} ({self.loaded.digest[:16]})",
+            f"pruned to {plan.student} on {count:,} calibration tokens",
+            f"healed on {trained:,} tokens of its teacher's distribution, seed {self.job.seed}",
+        ]
+
+    def _save(self, student: PreTrainedModel, report: OwnReport) -> OwnReport:
+        """The checkpoint first, the report last: a report means that all of it is there."""
+        checkpoint.save(
+            student,
+            self.loaded.tokenizer,
+            self.out / "checkpoint",
+            card=model_card(report.plan, _lines(report)),
+            licence_from=self.loaded.folder,
+        )
+        (self.out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
+        distill.forget(self.out / "heal")
+        shutil.rmtree(self.out / "pruned", ignore_errors=True)
+        return report
+
+
+def _lines(report: OwnReport) -> list[str]:
+    """The facts of a report for the model card."""
+    return [
+        *report.lineage,
+        f"understudy {report.understudy}",
+        f"calibration {report.calibration_hash}, training texts {report.training_hash}",
+        f"before healing: {report.before}",
+        f"after healing:  {report.after}",
+    ]

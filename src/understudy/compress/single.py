@@ -1,0 +1,154 @@
+"""One step of the recipe by itself, as the commands `prune`, `distil` and `fidelity` need it.
+
+Texts come as a function of the tokenizer, for the tokenizer comes with the teacher. It ignores the whole
+run (recipe).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from understudy.compress import checkpoint, distill
+from understudy.compress import plan as plans
+from understudy.compress.card import model_card
+from understudy.compress.corpus import (
+    Batch,
+    Document,
+    batches,
+    fingerprint,
+    pack,
+    row_length,
+    take,
+)
+from understudy.compress.distill import Curve
+from understudy.compress.families import Shape, extras_of, shape_of
+from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
+from understudy.compress.plan import Plan
+from understudy.compress.progress import Progress, silent
+from understudy.compress.prune import Method, prune
+from understudy.compress.teacher import LiveTeacher
+from understudy.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_TOKENS = 2048
+"""Tokens per forward pass where no gradient is kept."""
+LEAST_TOKENS = 64
+"""Fewer tokens of calibration than this say nothing."""
+
+Texts = Callable[["PreTrainedTokenizerBase"], list[Document]]
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked of a shape; 0 and empty leave it open."""
+
+    params: str = ""
+    ffn: int = 0
+    heads: int = 0
+    kv_heads: int = 0
+
+
+class PruneJob(NamedTuple):
+    teacher: str
+    out: Path
+    """Folder of the checkpoint; the plan stands beside it as NAME.plan.json."""
+    sizes: Sizes
+    plan: Path | None
+    """A plan to apply instead."""
+    texts: Texts
+    tokens: int
+    method: Method = Method()
+    seed: int = 0
+
+
+def prune_only(
+    job: PruneJob, show: Callable[[Plan], None], progress: Progress = silent, *, dry_run: bool = False
+) -> Plan:
+    """Decide, show and save the plan, then carry it out and save the checkpoint.
+
+    Raises InputError or ModelError for sizes, a plan, a teacher or texts that cannot be used.
+    """
+    loaded = checkpoint.load(job.teacher)
+    plan = plans.load(job.plan) if job.plan else decided(shape_of(loaded.model), loaded, job.sizes)
+    show(plan)
+    path = job.out.with_name(job.out.name + ".plan.json")
+    plans.save(plan, path)
+    if dry_run:
+        return plan
+    calibration = take(job.texts(loaded.tokenizer), job.tokens, job.seed)
+    plan = prune(loaded.model, plan, batched(calibration, LEAST_TOKENS), job.method, progress)
+    plans.save(plan, path)
+    facts = [
+        f"teacher {loaded.source} ({loaded.digest[:16]})",
+        f"calibration {fingerprint(calibration)}, {sum(len(d.tokens) for d in calibration):,} tokens",
+    ]
+    card = model_card(plan, facts)
+    checkpoint.save(loaded.model, loaded.tokenizer, job.out, card=card, licence_from=loaded.folder)
+    return plan
+
+
+def decided(shape: Shape, loaded: checkpoint.Loaded, sizes: Sizes) -> Plan:
+    """The plan for what was asked."""
+    return plans.decide(
+        shape,
+        extras_of(loaded.model),
+        params=sizes.params,
+        ffn=sizes.ffn,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+    )
+
+
+class HealJob(NamedTuple):
+    teacher: str
+    student: Path
+    out: Path
+    """Folder of the healed checkpoint; the state for resuming stands beside it as NAME.heal."""
+    settings: distill.Settings
+    held_out: float
+    """Share of documents that are only measured on."""
+    texts: Texts
+
+
+def heal_only(job: HealJob, progress: Progress = silent) -> Curve:
+    """Heal a checkpoint and save it; goes on from the state an interrupted run left."""
+    teacher, student = checkpoint.load(job.teacher), checkpoint.load(job.student)
+    require_same_tokenizer(teacher.tokenizer, student.tokenizer)
+    documents = job.texts(teacher.tokenizer)
+    count = round(job.held_out * len(documents))
+    held_out, train = documents[:count], documents[count:]
+    state = job.out.with_name(job.out.name + ".heal")
+    corpus = distill.Corpus(train, held_out)
+    curve = distill.heal(student.model, LiveTeacher(teacher.model), corpus, job.settings, state, progress)
+    checkpoint.save(student.model, student.tokenizer, job.out, licence_from=student.folder)
+    distill.forget(state)
+    return curve
+
+
+def compare(teacher: str, student: str, texts: Texts, tokens: int, progress: Progress = silent) -> Fidelity:
+    """Fidelity of two models named by the user. Raises ModelError when their tokenizers differ."""
+    progress("load", 0, 2)
+    first = checkpoint.load(teacher)
+    progress("load", 1, 2)
+    second = checkpoint.load(student)
+    progress("load", 2, 2)
+    require_same_tokenizer(first.tokenizer, second.tokenizer)
+    documents = texts(first.tokenizer)
+    if tokens:
+        documents = take(documents, tokens, 0)
+    return fidelity(first.model, second.model, batched(documents, 2), progress=progress)
+
+
+def batched(documents: list[Document], least: int) -> list[Batch]:
+    """Packed batches. Raises ModelError when there are fewer than ``least`` tokens."""
+    count = sum(len(d.tokens) for d in documents)
+    if count < least:
+        raise ModelError(
+            f"{count} tokens of text", expected=f"at least {least}", next_step="give more or longer texts"
+        )
+    return list(batches(pack(documents, row_length(documents)), BATCH_TOKENS))
