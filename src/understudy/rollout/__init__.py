@@ -1,0 +1,1 @@
+"""Moving traffic: replay, shadow, canary, promoted or rolled back."""
