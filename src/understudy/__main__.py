@@ -1,0 +1,6 @@
+"""`python -m understudy`."""
+
+from understudy.cli.main import run
+
+if __name__ == "__main__":
+    run()

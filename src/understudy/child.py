@@ -1,0 +1,111 @@
+"""A child process of ours: started, waited for until it says it is ready, stopped with whatever it started.
+
+`understudy serve` and `understudy up` print one JSON line with ``--json`` once they listen; that line is the
+handshake. It ignores what the child does afterwards; its output goes to a log file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from understudy.errors import UserError
+
+STOP_GRACE_S = 15.0
+
+
+@contextmanager
+def running(
+    name: str, arguments: Sequence[str], log: Path, *, wait_s: float = 120.0
+) -> Generator[dict[str, Any], None, None]:
+    """Run ``understudy ARGUMENTS --json`` beside the block; yields the JSON line it printed when ready
+    and its ``pid``.
+
+    Raises UserError with the end of its log if it ends or stays silent for ``wait_s`` seconds.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "understudy", *arguments, "--json"]
+    with log.open("ab") as sink:
+        # a process group of its own: Ctrl-C is ours to pass on, once, when the block is left
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, start_new_session=True)  # noqa: S603 - our own program
+        try:
+            assert process.stdout is not None
+            yield _handshake(name, process, cast(IO[bytes], process.stdout), log, time.monotonic() + wait_s)
+        finally:
+            _stop(process)
+
+
+def _handshake(
+    name: str, process: subprocess.Popen[bytes], output: IO[bytes], log: Path, deadline: float
+) -> dict[str, Any]:
+    os.set_blocking(output.fileno(), False)
+    seen = b""
+    while time.monotonic() < deadline:
+        seen += output.read() or b""
+        for line in seen.splitlines(keepends=True):
+            if line.startswith(b"{") and line.endswith(b"\n"):
+                return {**json.loads(line), "pid": process.pid}
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    raise UserError(
+        f"`understudy {name}` did not come up:\n{_tail(log)}",
+        expected="a line of JSON when it listens",
+        next_step=f"less {log}",
+    )
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def peak_memory(pid: int) -> int | None:
+    """Peak resident bytes of a running process; None where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+    return int(kib) * 1024 if kib else None
+
+
+def call(command: Sequence[str], *, folder: Path, environment: Mapping[str, str]) -> None:
+    """Run the user's own command to its end, its output on our terminal.
+
+    Raises UserError when it cannot be started or exits non-zero. A Ctrl-C reaches it as it reaches us.
+    """
+    words = [sys.executable if command[0] == "python" else command[0], *command[1:]]
+    try:
+        done = subprocess.run(words, cwd=folder, env={**os.environ, **environment})  # noqa: S603 - the user's own command
+    except OSError as error:
+        raise UserError(
+            f"cannot run {command[0]!r}: {error.strerror}",
+            expected="a command in [drill].workload",
+            next_step=f"try it by hand in {folder}",
+        ) from error
+    if done.returncode != 0:
+        raise UserError(
+            f"the workload `{' '.join(command)}` exited with {done.returncode}",
+            expected="exit code 0",
+            next_step=f"try it by hand in {folder}; finished requests are kept",
+        )
+
+
+def _tail(log: Path, lines: int = 12) -> str:
+    return "\n".join("  " + line for line in log.read_text(errors="replace").splitlines()[-lines:])

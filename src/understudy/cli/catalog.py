@@ -1,0 +1,571 @@
+"""Commands `models`, `watch` and `plan`."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+import msgspec
+
+from understudy import config as configuration
+from understudy.cli.options import config_option, json_option, print_json
+from understudy.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from understudy.catalog.canary import Reply
+    from understudy.catalog.events import Event, WatchReport
+    from understudy.catalog.facts import Catalog, ModelFacts
+    from understudy.catalog.plan import Candidate, Key, Latency, Plan, TokenRatio
+    from understudy.catalog.watch import Binding, Exposure
+    from understudy.config import Config
+    from understudy.protocol import CallShape
+    from understudy.traffic.store import Store
+
+
+COUNTED = 200
+"""Latest calls whose texts are counted with a candidate's tokenizer."""
+
+
+@click.command()
+@click.argument("words", nargs=-1)
+@config_option
+@click.option("--refresh", is_flag=True, help="Ask your endpoints' own lists first, with your keys.")
+@click.option("--tiers", is_flag=True, help="Show how your traffic is spread over tiers instead.")
+@click.option(
+    "--by",
+    type=click.Choice(["day", "week", "month"]),
+    default="month",
+    show_default=True,
+    help="Period of --tiers.",
+)
+@json_option
+def models(
+    words: tuple[str, ...],
+    config_path: Path,
+    refresh: bool,
+    tiers: bool,
+    by: Literal["day", "week", "month"],
+    as_json: bool,
+) -> None:
+    """What models exist, can do, cost, and when they retire.
+
+    WORDS must all occur in the model's id. Your own facts come from the YAML named by [catalog] overlay:
+
+    \b
+    models:
+      ENDPOINT/MODEL:
+        retires: 2026-12-31            # deprecated, released, successor, licence,
+        context_window: 8192           # output_limit, inputs: [text, image],
+        prices: {input: 0.4, output: 1.6, cached: 0.1, start: 2026-01-01}
+        hosting: {usd_per_hour: 0.5, tokens_per_s: 900}     # instead of prices
+        tokenizer: models/tokenizer.json                    # counts instead of bounds
+    """
+    config = configuration.load(config_path) if config_path.exists() or refresh or tiers else None
+    if config and refresh:
+        _refresh(config)
+    if config and tiers:
+        _show_tiers(config, by, as_json)
+        return
+    catalog = _catalog(config)
+    found = [m for m in catalog if all(word.lower() in m.id.lower() for word in words)]
+    if not found:
+        raise InputError(
+            f"no model's id has all of: {' '.join(words)}",
+            expected="words like openai, claude or gpt-4.1",
+            next_step="understudy models",
+        )
+    if as_json:
+        print_json(found)
+        return
+    _print(_models_table(catalog, found), f"{len(found)} of {len(catalog)} models; facts read {catalog.read}")
+    _tell_age(catalog)
+
+
+@click.command()
+@config_option
+@click.option(
+    "--within",
+    type=click.IntRange(min=0),
+    default=90,
+    show_default=True,
+    help="A retirement within so many days is an event.",
+)
+@click.option(
+    "--since",
+    type=click.IntRange(min=1),
+    default=30,
+    show_default=True,
+    help="Prices and answering models that changed in so many days are events.",
+)
+@click.option(
+    "--fail-on",
+    type=click.Choice(["retirement", "price", "swap", "drift"]),
+    multiple=True,
+    default=("retirement", "swap", "drift"),
+    show_default=True,
+    help="Kinds of events that make the exit code 1; may be repeated.",
+)
+@click.option("--webhook", help="POST the events there: a URL, env:NAME or file:PATH.")
+@click.option("--slack", is_flag=True, help="In the form Slack's incoming webhooks take; alone: print it.")
+@click.option(
+    "--canary",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSON Lines of chat requests to ask every alias's model that speaks the OpenAI protocol; the first "
+    "answers are kept beside the file.",
+)
+@json_option
+def watch(
+    config_path: Path,
+    within: int,
+    since: int,
+    fail_on: tuple[str, ...],
+    webhook: str | None,
+    slack: bool,
+    canary: Path | None,
+    as_json: bool,
+) -> None:
+    """Which of your models are dying, when, and what hangs on them.
+
+    Looks at every alias, fallback, judge, candidate and model id that applications ask for themselves; at
+    prices that changed or will; and at models swapped behind a name. Exits 0 when nothing of the kinds of
+    --fail-on happened, 1 otherwise, 2 on bad input: made for cron and CI.
+    """
+    from understudy.catalog.notify import payload, send, slack_payload
+
+    report = _watched(configuration.load(config_path), within, since, canary)
+    if webhook:
+        url = configuration.resolve_secret(webhook, config_path.parent) if ":/" not in webhook else webhook
+        if report.events:
+            send(url, slack_payload(report.events) if slack else payload(report.events, report.at))
+    if as_json:
+        print_json(report)
+    elif slack and not webhook:
+        print_json(slack_payload(report.events))
+    else:
+        _print_watch(report)
+    sys.exit(any(e.kind in fail_on for e in report.events))
+
+
+@click.command()
+@click.argument("model")
+@config_option
+@click.option("--candidate", "candidates", multiple=True, help="Weigh only this model; may be repeated.")
+@click.option(
+    "--tolerate",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of calls that a candidate may break.",
+)
+@click.option("--top", type=click.IntRange(min=1), default=15, show_default=True, help="Candidates to print.")
+@click.option(
+    "--rank",
+    "ranks",
+    type=click.Choice(["fit", "life", "verified", "cost", "risk", "score", "latency", "energy"]),
+    multiple=True,
+    help="Rank by this; may be repeated, the first deciding. [default: fit, life, verified, cost]",
+)
+@json_option
+def plan(
+    model: str,
+    config_path: Path,
+    candidates: tuple[str, ...],
+    tolerate: float,
+    top: int,
+    ranks: tuple[Key, ...],
+    as_json: bool,
+) -> None:
+    """What could take over from MODEL (an alias or a model id), ranked on your own traffic."""
+    from understudy.catalog.plan import RANK_BY, make_plan
+    from understudy.catalog.tiers import parse_rules
+
+    config = configuration.load(config_path)
+    catalog = _catalog(config)
+    with _store(config) as store:
+        incumbent, shapes = _recorded(config, store, model)
+        latencies, ratios = _latencies(catalog, store), _ratios(config, catalog, store, candidates)
+    made = make_plan(
+        catalog,
+        incumbent,
+        shapes,
+        candidates or None,
+        now=time.time(),
+        tolerance=tolerate,
+        rank=ranks or RANK_BY,
+        tiers=parse_rules(config.catalog.tiers),
+        latencies=latencies,
+        ratios=ratios,
+    )
+    if as_json:
+        print_json(made)
+    else:
+        _print_plan(made, top)
+
+
+def _latencies(catalog: Catalog, store: Store) -> dict[str, Latency]:
+    """How fast each target has been, by the model behind it."""
+    from understudy.catalog.plan import Latency
+
+    return {
+        facts.id if (facts := catalog.find(timed.target)) else timed.target: Latency(
+            timed.ttft_s, timed.total_s, timed.tokens_per_s, timed.calls
+        )
+        for timed in store.latencies()
+    }
+
+
+def _ratios(
+    config: Config, catalog: Catalog, store: Store, candidates: Sequence[str]
+) -> dict[str, TokenRatio]:
+    """Token counts by the tokenizers that the overlay names, over the latest recorded calls."""
+    from understudy.catalog.tokens import Counted, token_ratio
+
+    named = {c.id for name in candidates if (c := catalog.find(name))}
+    own = [m for m in catalog if m.tokenizer and (not candidates or m.id in named)]
+    if not own:
+        return {}
+    latest = store.calls(ok=True, limit=COUNTED, newest_first=True, texts=True)
+    counted = [
+        Counted(msgspec.json.decode(c.call.request, type=dict[str, Any]), c.call.usage.prompt_tokens)
+        for c in latest
+        if c.call.request and c.call.usage and not c.call.usage_estimated
+    ]
+    found = {m.id: token_ratio(config.path(m.tokenizer.value), counted) for m in own if m.tokenizer}
+    return {model: ratio for model, ratio in found.items() if ratio}
+
+
+def _catalog(config: Config | None) -> Catalog:
+    from understudy.catalog.facts import catalog_of, load_catalog
+
+    return load_catalog() if config is None else catalog_of(config)
+
+
+def _refresh(config: Config) -> None:
+    """Read the lists of all endpoints, telling on standard error what they brought."""
+    from understudy.catalog.live import LiveEndpoint, refresh
+
+    root = Path(config.root)
+    endpoints = [
+        LiveEndpoint(name, e.kind, e.base_url, configuration.resolve_secret(e.api_key, root))
+        for name, e in config.endpoints.items()
+    ]
+    for read in refresh(config.path(config.catalog.live), endpoints, dt.datetime.now(dt.UTC).date()):
+        told = read.failure or f"{read.endpoint}: {read.models} models, {read.ending} with an announced end"
+        gone = f"; no longer listed: {', '.join(read.gone)}" if read.gone else ""
+        click.echo(told + gone, err=True)
+
+
+def _store(config: Config) -> Store:
+    from understudy.traffic.store import open_store
+
+    return open_store(config.store.url, Path(config.root))
+
+
+def _bindings(config: Config, store: Store) -> list[Binding]:
+    from understudy.catalog.watch import Binding, bindings_of
+
+    aliases = {name: (a.model, tuple(a.fallback)) for name, a in config.aliases.items()}
+    aliases |= {name: (r.model, r.fallback) for name, r in store.routes().items()}
+    others = [Binding("drill", target, "candidate") for target in config.drill.candidates]
+    others += [Binding("evaluate", target, "judge") for target in _judges(config)]
+    return bindings_of(aliases, [(use.alias, use.target) for use in store.models()], others)
+
+
+def _judges(config: Config) -> list[str]:
+    """Models named by ``[evaluate] judge`` or ``judges``."""
+    section = msgspec.structs.asdict(config.evaluate)
+    named: list[str] = []
+    for field in ("judge", "judges"):
+        value = section.get(field) or []
+        named += [value] if isinstance(value, str) else [str(v) for v in value]
+    return named
+
+
+def _watched(config: Config, within: int, since: int, canary: Path | None) -> WatchReport:
+    """Everything `watch` has to tell."""
+    from understudy.catalog.events import WatchReport, price_events, retirement_events, swap_events
+    from understudy.catalog.forecast import forecast
+    from understudy.catalog.watch import watch as exposures
+
+    now, catalog = time.time(), _catalog(config)
+    with _store(config) as store:
+        bindings = _bindings(config, store)
+        shapes = {b.target: store.shapes(target=b.target) for b in bindings}
+        answers = store.answered_by()
+    ending = exposures(catalog, bindings, shapes, now)
+    events = retirement_events(ending, within)
+    events += price_events(catalog, bindings, shapes, now, since_days=since)
+    events += swap_events(answers, bindings, now, since_days=since)
+    if canary:
+        events += _canaries(config, canary, bindings, now)
+    found = {b.target: facts for b in bindings if (facts := catalog.find(b.target))}
+    outlook = {target: told for target, facts in found.items() if (told := forecast(catalog, facts, now))}
+    return WatchReport(
+        at=now,
+        bound=len({b.target for b in bindings}),
+        unknown=tuple(sorted({b.target for b in bindings} - set(found))),
+        exposures=tuple(ending),
+        events=tuple(events),
+        outlook=outlook,
+        catalog_read=str(catalog.read),
+        catalog_stale_days=catalog.stale_days(dt.datetime.now(dt.UTC).date()),
+    )
+
+
+def _canaries(config: Config, path: Path, bindings: Sequence[Binding], now: float) -> list[Event]:
+    """Ask every alias's model the canary prompts; the first round is kept, later ones are held against it."""
+    from understudy.catalog.canary import drift_events, load_replies, read_prompts, save_replies
+
+    prompts, kept = read_prompts(path), path.with_suffix(".answers.jsonl")
+    before = load_replies(kept)
+    known = {(r.target, r.prompt) for r in before}
+    asked = dict.fromkeys(b.target for b in bindings if b.level == "alias")
+    targets = [target for target in asked if config.endpoint_of(target)[0].kind == "openai"]
+    after = asyncio.run(_ask(config, targets, prompts, now))
+    save_replies(kept, [*before, *(r for r in after if (r.target, r.prompt) not in known)])
+    return drift_events(before, after, bindings)
+
+
+async def _ask(config: Config, targets: Sequence[str], prompts: Sequence[Any], now: float) -> list[Reply]:
+    from understudy.catalog.canary import ask
+    from understudy.endpoint import HttpEndpoint
+
+    replies: list[Reply] = []
+    for target in targets:
+        endpoint, model = config.endpoint_of(target)
+        key = configuration.resolve_secret(endpoint.api_key, Path(config.root))
+        async with HttpEndpoint(target, endpoint.base_url, model, api_key=key) as client:
+            replies += await ask(client, prompts, now, times=2)
+    return replies
+
+
+def _show_tiers(config: Config, by: Literal["day", "week", "month"], as_json: bool) -> None:
+    from understudy.catalog.tiers import parse_rules, tiers_over_time
+
+    rules = parse_rules(config.catalog.tiers)
+    with _store(config) as store:
+        used = tiers_over_time(_catalog(config), store.hours(), rules, time.time(), by)
+    if as_json:
+        print_json(used)
+        return
+    table = _table("from", "tier", ">calls", ">%", ">tokens", ">%", ">$", ">%", "", "models")
+    for use in used:
+        table.add_row(
+            use.period,
+            use.tier,
+            f"{use.calls:,}",
+            f"{use.share_of_calls:.0%}",
+            f"{use.tokens:,.0f}",
+            f"{use.share_of_tokens:.0%}",
+            _money(use.usd),
+            f"{use.share_of_usd:.0%}",
+            "█" * round(20 * use.share_of_calls),
+            ", ".join(use.models[:3]) + (" …" if len(use.models) > 3 else ""),
+        )
+    rule = "; ".join(
+        f"{tier}: {' and '.join(conditions)}" for tier, conditions in config.catalog.tiers.items()
+    )
+    _print(
+        table, f"{rule}. Bars show the share of calls; what is not known of a model is left out of the rule"
+    )
+
+
+def _tell_age(catalog: Catalog) -> None:
+    if days := catalog.stale_days(dt.datetime.now(dt.UTC).date()):
+        click.echo(f"the catalog's snapshot is {days} days old: prices and dates may have moved")
+
+
+def _recorded(config: Config, store: Store, model: str) -> tuple[str, Sequence[CallShape]]:
+    """The model to replace and its calls: those of an alias, or those a target answered."""
+    route = store.route(model)
+    if route or model in config.aliases:
+        incumbent = route.model if route else config.aliases[model].model
+        shapes = store.shapes(alias=model)
+    else:
+        incumbent = model
+        targets = {u.target for u in store.models() if model in (u.target, u.target.partition("/")[2])}
+        shapes = [shape for target in sorted(targets) for shape in store.shapes(target=target)]
+    if not shapes:
+        raise InputError(
+            f"no answered call of {model!r} is recorded",
+            expected="an alias, ENDPOINT/MODEL or model id with traffic",
+            next_step="understudy up, or understudy traffic import FILE",
+        )
+    return incumbent, shapes
+
+
+def _models_table(catalog: Catalog, found: Sequence[ModelFacts]) -> Table:
+    from understudy.catalog.prices import rates_at
+
+    table = _table("model", ">context", "input", ">$/M in", ">$/M out", ">parameters", "retires", "successor")
+    now = time.time()
+    for m in found:
+        rates = rates_at(catalog, m.id, now)
+        first = rates.tiers[0] if rates else None
+        disputed = " (disputed)" if m.retires and m.retires.disputed else ""
+        table.add_row(
+            m.id,
+            f"{m.context_window.value:,}" if m.context_window else "",
+            ", ".join(sorted(m.inputs.value)) if m.inputs else "",
+            f"{first.input:g}" if first else "",
+            f"{first.output:g}" if first else "",
+            f"{m.parameters.value / 1e9:.3g}B" if m.parameters else "",
+            f"{m.retires.value}{disputed}" if m.retires else "",
+            m.successor.value if m.successor else "",
+        )
+    return table
+
+
+def _print_watch(report: WatchReport) -> None:
+    if report.exposures:
+        note = "per month: scaled from the time since the first recorded call"
+        _print(_watch_table(report.exposures), note)
+    else:
+        click.echo(f"none of {report.bound} bound models has an announced end")
+    for event in report.events:
+        if event.kind != "retirement":
+            click.echo(f"{event.severity}: {event.kind}: {event.text}")
+    for target, told in report.outlook.items():
+        year = told.within(12)
+        click.echo(
+            f"{target}: no announced end; retired within a year with probability {year.probability:.0%} "
+            f"({year.low:.0%}–{year.high:.0%}, {year.method})"
+        )
+    if report.unknown:
+        click.echo(f"nothing is known of: {', '.join(report.unknown)}")
+    if report.catalog_stale_days:
+        click.echo(f"the catalog's snapshot is {report.catalog_stale_days} days old: dates may have moved")
+
+
+def _watch_table(found: Sequence[Exposure]) -> Table:
+    table = _table(
+        "severity", "target", "bound by", "retires", ">days", ">calls/mo", ">tokens/mo", ">$/mo", "successor"
+    )
+    for e in found:
+        table.add_row(
+            e.severity,
+            e.target,
+            ", ".join(f"{b.name} ({b.level})" for b in e.bindings),
+            str(e.retires or "not said") + (" (disputed)" if e.disputed else ""),
+            "" if e.days_left is None else str(e.days_left),
+            f"{e.calls_per_month:,.0f}",
+            f"{e.tokens_per_month:,.0f}",
+            _money(e.usd_per_month),
+            e.successor,
+        )
+    return table
+
+
+def _print_plan(made: Plan, top: int) -> None:
+    inc = made.incumbent
+    end = f"retires {inc.retires} ({inc.days_left} days)" if inc.retires else "no announced end"
+    click.echo(
+        f"{inc.model}: {end}; {made.calls:,} calls, {made.tokens:,} tokens in {made.window_days:.1f} days, "
+        f"at most {made.peak_tokens_per_minute:,} a minute; {made.batchable:.0%} could go by batch"
+    )
+    table = _table(
+        "candidate", "tier", ">fits", ">$/mo", ">p10–p90", ">batch", ">$/call", ">$/task", ">kWh/mo",
+        ">CO2e kg/mo", ">s/call", "retires", "unverified", "breaks",
+    )  # fmt: skip
+    for c in (inc, *made.candidates[:top]):
+        table.add_row(*_candidate_row(c), end_section=c is inc)
+    more = len(made.candidates) - top
+    _print(table, f"ranked by {made.ranking}" + (f"; {more} more (--top)" if more > 0 else ""))
+    _print_notes(made, top)
+    if made.excluded:
+        worst = "; ".join(f"{c.model} ({_reasons(c)})" for c in made.excluded[:5])
+        click.echo(f"{len(made.excluded)} do not fit, the nearest: {worst}")
+    locked = f" ({', '.join(made.locked_by)})" if made.locked_by else ""
+    click.echo(
+        f"lock-in: {made.lock_in:.0%} of the calls can go to one vendor only{locked}; "
+        f"{len(made.candidates)} models of {made.vendors} vendors fit"
+    )
+    if made.catalog_stale_days:
+        click.echo(
+            f"the catalog's snapshot is {made.catalog_stale_days} days old: prices and dates may have moved"
+        )
+
+
+def _print_notes(made: Plan, top: int) -> None:
+    """What the table has no room for: best uses, and what requests must change in."""
+    for c in made.candidates:
+        if c.best_use:
+            click.echo(f"{c.model}: {c.best_use}")
+    for c in made.candidates[:top]:
+        for change in c.changes:
+            click.echo(f"{c.model}: {change.text} ({change.calls:,} calls; {change.source})")
+
+
+def _candidate_row(c: Candidate) -> list[str]:
+    band = f"{_money(c.usd_low)}–{_money(c.usd_high)}" if c.usd_low is not None else ""
+    return [
+        c.model,
+        c.tier,
+        f"{c.share:.1%}",
+        _money(c.usd_per_month),
+        band,
+        _money(c.usd_per_month_batch) if c.usd_per_month_batch is not None else "",
+        _money(c.usd_per_call),
+        _money(c.usd_per_task),
+        _range(c.kwh_per_month),
+        _range(c.kg_co2e_per_month),
+        f"{c.latency.total_s:.2f}" if c.latency else "",
+        _end(c),
+        ", ".join(c.unverified),
+        _reasons(c),
+    ]
+
+
+def _end(c: Candidate) -> str:
+    """The announced day, or what is expected."""
+    if c.retires or c.forecast is None:
+        return str(c.retires or "")
+    return f"{c.forecast.within(12).probability:.0%} in a year"
+
+
+def _range(ends: tuple[float, float] | None) -> str:
+    if ends is None:
+        return ""
+    return f"{ends[0]:.2g}" if ends[0] == ends[1] else f"{ends[0]:.2g}–{ends[1]:.2g}"
+
+
+def _reasons(c: Candidate) -> str:
+    if c.misfits:
+        return ", ".join(f"{word}: {calls:,} call{'s' * (calls != 1)}" for word, calls in c.misfits.items())
+    return f"retired {c.retires}" if c.days_left is not None and c.days_left <= 0 else ""
+
+
+def _money(usd: float | None) -> str:
+    """Two digits behind the point, or as many as show two figures of a small amount."""
+    if usd is None:
+        return "?"
+    return f"{usd:,.2f}" if usd >= 1 or usd == 0 else f"{usd:.2g}"
+
+
+def _table(*columns: str) -> Table:
+    """A table; a column whose name begins with > is set flush right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        number = name.startswith(">")
+        table.add_column(name.lstrip(">"), justify="right" if number else "left", no_wrap=number)
+    return table
+
+
+def _print(table: Table, note: str) -> None:
+    from rich.console import Console
+
+    # a pipe has no width of its own: let lines be as long as they are instead of folding at 80
+    console = Console() if sys.stdout.isatty() else Console(width=240)
+    console.print(table)
+    click.echo(note)
