@@ -1,0 +1,375 @@
+"""What the gateway costs: CPU per request, added latency, memory. Prints Markdown.
+
+Three processes besides this one: a fake upstream and a load generator, both raw protocols so that they cost
+little, and `understudy up` between them with routing and durable recording on. CPU is the gateway process's
+own (utime + stime of /proc, all its threads); the indexer, a process of its own, is told apart. Latency is
+measured at a fixed rate from the moment a request was due, with and without the gateway.
+
+`--requests N` sets the length of the memory run (1,000,000 in the figures we quote). It ignores peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import uvloop
+
+SPAWN = multiprocessing.get_context("spawn")
+TICKS = os.sysconf("SC_CLK_TCK")
+PATH = "/v1/chat/completions"
+EVENTS = 31
+PACE_S = 0.002
+
+CONFIG = """
+[gateway]
+listen = "127.0.0.1:0"
+record = "{record}"
+[endpoints.local]
+base_url = "http://127.0.0.1:{port}/v1"
+api_key = "env:BENCH_KEY"
+[aliases.assistant]
+model = "local/a-model"
+"""
+
+
+def request(kind: str) -> bytes:
+    """A chat request of about 1.3 KB with the headers an SDK sends."""
+    messages = [
+        {"role": "system", "content": "You answer briefly. " * 20},
+        {"role": "user", "content": "What is the capital of France, and why?\n" * 20},
+    ]
+    body: dict[str, Any] = {"model": "assistant", "messages": messages, "temperature": 0.2}
+    if kind != "json":
+        body |= {"stream": True, "stream_options": {"include_usage": True}, "user": kind}
+    raw = json.dumps(body).encode()
+    head = [
+        f"POST {PATH} HTTP/1.1",
+        "Host: 127.0.0.1",
+        "Accept: application/json",
+        "Accept-Encoding: gzip, deflate",
+        "Content-Type: application/json",
+        "User-Agent: OpenAI/Python 2.0.0",
+        "X-Stainless-Lang: python",
+        "X-Stainless-OS: Linux",
+        "Authorization: Bearer sk-client",
+        f"Content-Length: {len(raw)}",
+    ]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + raw
+
+
+def json_answer() -> bytes:
+    body = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "a-model-2026-01-01",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Paris, since 987. " * 20},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 300, "completion_tokens": 100, "total_tokens": 400},
+    }
+    raw = json.dumps(body).encode()
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
+        len(raw),
+        raw,
+    )
+
+
+def stream_answer() -> list[bytes]:
+    """The head, 31 events (the last two end the answer and give usage), the end; each as it is sent."""
+    base: dict[str, Any] = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}
+    base |= {"model": "a-model-2026-01-01", "system_fingerprint": "fp_1"}
+    said = [{**base, "choices": [{"index": 0, "delta": {"content": " Paris"}}]} for _ in range(EVENTS - 2)]
+    said.append({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    usage = {"prompt_tokens": 300, "completion_tokens": EVENTS - 2, "total_tokens": 300 + EVENTS - 2}
+    said.append({**base, "choices": [], "usage": usage})
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    events = [b"data: %b\n\n" % json.dumps(event).encode() for event in said]
+    chunks = [b"%x\r\n%b\r\n" % (len(event), event) for event in events]
+    done = b"data: [DONE]\n\n"
+    chunks[-1] += b"%x\r\n%b\r\n0\r\n\r\n" % (len(done), done)
+    return [head + chunks[0], *chunks[1:]]
+
+
+class FakeUpstream(asyncio.Protocol):
+    """Answers each request at once; streams either in one write or an event every two milliseconds."""
+
+    def __init__(self) -> None:
+        self.buffer = b""
+        self.answer = json_answer()
+        self.events = stream_answer()
+        self.whole = b"".join(self.events)
+        self.loop = asyncio.get_running_loop()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        head, found, rest = self.buffer.partition(b"\r\n\r\n")
+        if not found or len(rest) < int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]):
+            return
+        self.buffer = b""
+        if b'"paced"' in rest:
+            self.send(0)
+        else:
+            self.transport.write(self.whole if b'"stream": true' in rest else self.answer)
+
+    def send(self, place: int) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(self.events[place])
+            if place + 1 < len(self.events):
+                self.loop.call_later(PACE_S, self.send, place + 1)
+
+
+def serve_upstream(pipe: Connection) -> None:
+    async def main() -> None:
+        server = await asyncio.get_running_loop().create_server(FakeUpstream, "127.0.0.1", 0, backlog=1024)
+        pipe.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    uvloop.run(main())
+
+
+class Load(NamedTuple):
+    """An order for the load generator."""
+
+    port: int
+    kind: str
+    """json, stream (one write) or paced (an event every two milliseconds)."""
+    count: int
+    connections: int
+    rate: float
+    """Requests per second; 0: as fast as they are answered."""
+
+
+class Client(asyncio.Protocol):
+    """One connection; calls ``done`` with the seconds since the request was due."""
+
+    def __init__(self, kind: str, done: Callable[[Client, float], None]) -> None:
+        self.wire = request(kind)
+        # a stream that came in one piece is given its length, so it may end without a last chunk
+        self.ends = (b"\n0\r\n\r\n", b"[DONE]\n\n") if kind != "json" else (b"}",)
+        self.done = done
+        self.due = 0.0
+        self.tail = b""
+        self.total = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def send(self, due: float) -> None:
+        self.due = due
+        self.total = 0
+        self.transport.write(self.wire)
+
+    def data_received(self, data: bytes) -> None:
+        self.total += len(data)
+        self.tail = (self.tail + data)[-16:]
+        if self.tail.endswith(self.ends):
+            self.tail = b""
+            self.done(self, time.perf_counter() - self.due)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.due:
+            raise ConnectionError("the connection was lost in mid-run")
+
+
+async def drive(load: Load) -> list[float]:
+    """Latencies in seconds, in order of completion."""
+    loop = asyncio.get_running_loop()
+    finished = loop.create_future()
+    latencies: list[float] = []
+    idle: list[Client] = []
+    due: list[float] = []
+    sent = 0
+
+    def done(client: Client, seconds: float) -> None:
+        nonlocal sent
+        latencies.append(seconds)
+        client.due = 0.0
+        if len(latencies) == load.count:
+            finished.set_result(None)
+        elif load.rate == 0 and sent < load.count:
+            sent += 1
+            client.send(time.perf_counter())
+        elif due:
+            client.send(due.pop(0))
+        else:
+            idle.append(client)
+
+    for _ in range(load.connections):
+        _, client = await loop.create_connection(lambda: Client(load.kind, done), "127.0.0.1", load.port)
+        idle.append(client)
+    if load.rate == 0:
+        sent = load.connections
+        for client in [idle.pop() for _ in range(load.connections)]:
+            client.send(time.perf_counter())
+    else:
+        begun = time.perf_counter()
+        for number in range(load.count):
+            moment = begun + number / load.rate
+            await asyncio.sleep(max(0.0, moment - time.perf_counter()))
+            if idle:
+                idle.pop().send(moment)
+            else:
+                due.append(moment)
+    await finished
+    return latencies
+
+
+def generate(pipe: Connection) -> None:
+    """The load generator's process: takes orders, gives latencies, until told None."""
+    while (load := pipe.recv()) is not None:
+        pipe.send(uvloop.run(drive(load)))
+
+
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process, its threads included, its children not."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def rss_mib(pid: int) -> float:
+    line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+def indexer_of(pid: int) -> int:
+    """The gateway's child that indexes: the one that is not multiprocessing's resource tracker."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return next(int(c) for c in children if "resource_tracker" not in Path(f"/proc/{c}/cmdline").read_text())
+
+
+@contextmanager
+def gateway(folder: Path, upstream_port: int, record: str) -> Iterator[tuple[int, int]]:
+    """`understudy up` in a folder of its own; yields (port, pid)."""
+    folder.mkdir()
+    (folder / "understudy.toml").write_text(CONFIG.format(port=upstream_port, record=record))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "understudy", "up", "--json"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "BENCH_KEY": "sk-bench"},
+    )
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        yield int(ready["url"].rpartition(":")[2].split("/")[0]), process.pid
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+class Bench:
+    """The processes of one run."""
+
+    def __init__(self) -> None:
+        ours, theirs = SPAWN.Pipe()
+        SPAWN.Process(target=serve_upstream, args=(theirs,), daemon=True).start()
+        self.upstream_port: int = ours.recv()
+        self.load, theirs = SPAWN.Pipe()
+        SPAWN.Process(target=generate, args=(theirs,), daemon=True).start()
+
+    def run(self, load: Load) -> list[float]:
+        self.load.send(load)
+        return self.load.recv()
+
+    def cpu(self, port: int, pid: int, kind: str, count: int) -> float:
+        """CPU-microseconds of the gateway per request, after a warm-up."""
+        connections = 64 if kind == "paced" else 16
+        self.run(Load(port, kind, count // 5, connections, 0))
+        before = cpu_s(pid)
+        self.run(Load(port, kind, count, connections, 0))
+        return (cpu_s(pid) - before) / count * 1e6
+
+    def added_ms(self, port: int, rate: int, count: int) -> tuple[float, float]:
+        """What the gateway adds to the median and to the 99th percentile, in milliseconds."""
+        direct = self.run(Load(self.upstream_port, "json", count, 64, rate))
+        through = self.run(Load(port, "json", count, 64, rate))
+        quantiles = [statistics.quantiles(x, n=100) for x in (direct, through)]
+        return tuple((quantiles[1][q] - quantiles[0][q]) * 1e3 for q in (49, 98))  # type: ignore[return-value]
+
+
+def cpu_table(bench: Bench, folder: Path, count: int) -> list[str]:
+    rows = [
+        "| recording | JSON | 31 events in one write | 31 events, 2 ms apart |",
+        "| --- | --- | --- | --- |",
+    ]
+    for record in ("buffered", "metadata", "strict"):
+        print(f"CPU, record = {record} …", file=sys.stderr, flush=True)
+        with gateway(folder / record, bench.upstream_port, record) as (port, pid):
+            figures = [
+                bench.cpu(port, pid, *run)
+                for run in (("json", count), ("stream", count), ("paced", count // 4))
+            ]
+        rows.append(f"| {record} | " + " | ".join(f"{figure:.0f}" for figure in figures) + " |")
+    return rows
+
+
+def latency_table(bench: Bench, folder: Path, seconds: int) -> list[str]:
+    rows = ["| requests/s | added p50, ms | added p99, ms |", "| --- | --- | --- |"]
+    with gateway(folder / "latency", bench.upstream_port, "buffered") as (port, _):
+        for rate in (1000, 5000):
+            print(f"latency at {rate}/s …", file=sys.stderr, flush=True)
+            p50, p99 = bench.added_ms(port, rate, rate * seconds)
+            rows.append(f"| {rate:,} | {p50:.2f} | {p99:.2f} |")
+    return rows
+
+
+def memory_lines(bench: Bench, folder: Path, count: int) -> list[str]:
+    print(f"memory over {count:,} requests …", file=sys.stderr, flush=True)
+    with gateway(folder / "memory", bench.upstream_port, "buffered") as (port, pid):
+        bench.run(Load(port, "json", 5000, 16, 0))
+        before = rss_mib(pid)
+        begun = time.perf_counter()
+        bench.run(Load(port, "json", count, 16, 0))
+        rate = count / (time.perf_counter() - begun)
+        after, indexing = rss_mib(pid), cpu_s(indexer_of(pid))
+    return [
+        f"RSS {before:.1f} MiB after 5,000 requests, {after:.1f} MiB after {count:,} more "
+        f"({rate:,.0f} requests/s on this machine); the indexer spent {indexing:.1f} CPU-s beside it.",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=100_000, help="length of the memory run")
+    parser.add_argument("--count", type=int, default=8000, help="requests per CPU figure")
+    parser.add_argument("--seconds", type=int, default=5, help="length of each latency run")
+    options = parser.parse_args()
+    bench = Bench()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts = [
+            ["CPU-µs of the gateway process per request:"],
+            cpu_table(bench, folder, options.count),
+            ["Latency the gateway adds (JSON, buffered recording):"],
+            latency_table(bench, folder, options.seconds),
+            memory_lines(bench, folder, options.requests),
+        ]
+    print("\n\n".join("\n".join(part) for part in parts))
+
+
+if __name__ == "__main__":
+    main()
