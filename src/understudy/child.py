@@ -1,7 +1,8 @@
 """A child process of ours: started, waited for until it says it is ready, stopped with whatever it started.
 
 `understudy serve` and `understudy up` print one JSON line with ``--json`` once they listen; that line is the
-handshake. It ignores what the child does afterwards; its output goes to a log file.
+handshake. A child whose parent is killed is told to stop by its standard input, a pipe that only the parent
+holds open. It ignores what the child does afterwards; its output goes to a log file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,10 +34,12 @@ def running(
     Raises UserError with the end of its log if it ends or stays silent for ``wait_s`` seconds.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "understudy", *arguments, "--json"]
+    command = [sys.executable, "-m", "understudy.cli.child", *arguments, "--json"]
     with log.open("ab") as sink:
         # a process group of its own: Ctrl-C is ours to pass on, once, when the block is left
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, start_new_session=True)  # noqa: S603 - our own program
+        process = subprocess.Popen(  # noqa: S603 - our own program
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, start_new_session=True
+        )
         try:
             assert process.stdout is not None
             yield _handshake(name, process, cast(IO[bytes], process.stdout), log, time.monotonic() + wait_s)
@@ -71,8 +75,25 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def end_with_parent() -> None:
+    """In a child of `running`: SIGTERM to ourselves when the parent is gone, SIGKILL if that is not enough.
+
+    A pipe, not PR_SET_PDEATHSIG: that one fires when the parent's *thread* ends, and on Linux alone.
+    """
+    threading.Thread(target=_end_at_eof, args=(sys.stdin.fileno(),), daemon=True, name="parent").start()
+
+
+def _end_at_eof(pipe: int) -> None:
+    while os.read(pipe, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_GRACE_S)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def peak_memory(pid: int) -> int | None:

@@ -474,6 +474,27 @@ async def test_up_starts_the_dashboard_and_takes_it_along(tmp_path: Path, upstre
         await asyncio.open_connection("127.0.0.1", address.port)
 
 
+async def test_a_killed_up_leaves_no_dashboard_behind(tmp_path: Path, upstream: FaultyUpstream) -> None:
+    write_config(tmp_path, upstream, "")
+    with (tmp_path / "understudy.toml").open("a") as file:
+        file.write('[dashboard]\nlisten = "127.0.0.1:0"\n')
+    command = Command(tmp_path)
+    port = urlsplit((await command.said())["dashboard"]).port or 0
+    await command.end(signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while await listens(port):
+            pass
+
+
+async def listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
+
+
 def test_a_dashboard_that_cannot_start_is_named(tmp_path: Path) -> None:
     (tmp_path / "understudy.toml").write_text('[dashboard]\nadmin_key = "env:UNDERSTUDY_TEST_NO_ADMIN"\n')
     command = [sys.executable, "-m", "understudy", "up", "--listen", "127.0.0.1:0"]

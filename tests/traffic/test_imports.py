@@ -223,3 +223,29 @@ def test_what_is_redacted_never_enters_the_store(store: Store, tmp_path: Path) -
     assert import_file(store, file, redactor=redactor).calls == 0
     (kept,) = store.calls(texts=True)
     assert b"I am [email]" in kept.call.request
+
+
+def nested(depth: int) -> bytes:
+    return b'{"messages": [], "a": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+def test_what_is_nested_without_end_costs_only_itself(
+    store: Store, tmp_path: Path, make_call: Callable[..., Call]
+) -> None:
+    """Depths around the interpreter's own limit too: what can just be read cannot always be written again."""
+    depths = [10, *range(800, 1000), 100_000]
+    store.insert([make_call(request=nested(d), response=nested(d)) for d in depths], "s", 1)
+    assert export(store, tmp_path / "out.jsonl") == len(depths)
+    rows = [msgspec.json.decode(line) for line in (tmp_path / "out.jsonl").read_bytes().splitlines()]
+    assert ("a" in rows[0]["request"], "a" in rows[-1]["response"]) == (True, False)
+    lines = [b'{"request": %b, "response": {"choices": []}}\n' % nested(d) for d in depths]
+    done = import_file(store, write(tmp_path / "in.jsonl", *lines))
+    assert done.calls + done.faults == len(depths)
+    assert (done.calls > 1, done.faults > 1) == (True, True)
+    assert done.listed[-1].reason == "nested too deeply to be read"
+
+
+def test_an_array_nested_without_end_is_named(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_bytes(b"[" * 100_000 + b"]" * 100_000)
+    with pytest.raises(InputError, match="nested too deeply"):
+        import_file(store, tmp_path / "deep.json")

@@ -8,7 +8,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from understudy.traffic.record import Call, Feedback, new_key
+from understudy.traffic.record import Attempt, Call, Feedback, new_key
 from understudy.traffic.sample import Exchange, chats, exchanges, sample_hash, shapes, split
 from understudy.traffic.store import Store
 
@@ -64,6 +64,17 @@ def test_an_exchange_has_the_answer_and_what_was_said_of_it(store: Store, make_c
     assert exchanges(store, "other") == []
     assert len(exchanges(store, None)) == 2
     assert len(shapes(store, "assistant")) == 4
+
+
+def test_an_answer_that_broke_off_is_not_sampled(store: Store, make_call: MakeCall) -> None:
+    tried = Attempt(target="o/m", status=0, billed="no", started=0.0, ended=0.1, error="cannot connect")
+    whole = Attempt(target="o/m", status=200, billed="yes", started=0.1, ended=1.0)
+    broken = msgspec.structs.replace(whole, billed="unknown", error="connection closed by the upstream")
+    retried = make_call(attempts=[tried, whole])
+    cut = make_call(response=STREAM[:90], stream=True, attempts=[tried, broken])
+    store.insert([retried, cut], "s", 1)
+    assert [e.key for e in exchanges(store, "assistant")] == [retried.key]
+    assert [e.key for e in exchanges(store, "assistant", only_ok=False)] == [retried.key, cut.key]
 
 
 def test_chats_end_with_the_recorded_answer(store: Store, make_call: MakeCall) -> None:

@@ -214,12 +214,14 @@ def _show_call(store: Store, key: str, as_json: bool) -> None:
 
 
 def _readable(body: bytes) -> object:
-    """JSON as JSON, anything else as text."""
+    """JSON as JSON, anything else (and what is nested too deeply to be printed) as text."""
     import msgspec
 
     try:
-        return msgspec.json.decode(body) if body else None
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        value = msgspec.json.decode(body) if body else None
+        msgspec.json.encode([value])  # it is printed one level further down
+        return value
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return body.decode("utf-8", "replace")
 
 

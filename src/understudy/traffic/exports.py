@@ -1,7 +1,7 @@
 """Writes recorded calls to JSONL or Parquet, one row per call, streams assembled, feedback beside them.
 
-What is written as JSONL can be imported again (form `plain`). It ignores calls recorded without texts: their
-request and answer are empty objects.
+What is written as JSONL can be imported again (form `plain`). It ignores texts that were not recorded, are no
+JSON, or are nested too deeply to be written: such a request or answer is an empty object.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _rows(store: Store, page: list[StoredCall]) -> list[Json]:
     said: dict[str, list[Feedback]] = {}
     for feedback in store.feedback([c.call.key for c in page]):
         said.setdefault(feedback.call, []).append(feedback)
-    return [row(stored, said.get(stored.call.key, [])) for stored in page]
+    return [_writable(row(stored, said.get(stored.call.key, []))) for stored in page]
 
 
 def row(stored: StoredCall, said: list[Feedback]) -> Json:
@@ -110,8 +110,17 @@ def row(stored: StoredCall, said: list[Feedback]) -> Json:
 def _object(body: bytes) -> Json:
     try:
         return msgspec.json.decode(body, type=dict[str, Any]) if body else {}
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return {}
+
+
+def _writable(row: Json) -> Json:
+    """The row; what could just be read may still be too deep to be written one level further down."""
+    try:
+        msgspec.json.encode([row])
+    except RecursionError:
+        return {**row, "request": {}, "response": {}}
+    return row
 
 
 def _write_jsonl(store: Store, file: BinaryIO, filters: Json) -> int:

@@ -23,6 +23,7 @@ from understudy.traffic.store import Price, Store, unpriced
 
 BATCH = 500
 LISTED_FAULTS = 100
+_TOO_DEEP = "nested too deeply to be read"
 
 
 class Fault(NamedTuple):
@@ -134,6 +135,8 @@ class _Run:
             records = _records(said, told, self._alias, self._target_of, self._mtime)
         except UnreadableError as error:
             return self.fault(number, str(error))
+        except RecursionError:
+            return self.fault(number, _TOO_DEEP)
         except (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError) as error:
             return self.fault(number, f"not in the form it seems to have: {type(error).__name__}: {error}")
         self.read += 1
@@ -390,6 +393,8 @@ def _line(number: int, line: bytes, fault: Callable[[int, str], None]) -> Iterat
         yield number, msgspec.json.decode(line, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         fault(number, f"not a JSON object: {error}")
+    except RecursionError:
+        fault(number, _TOO_DEEP)
 
 
 def _elements(path: Path, raw: bytes, fault: Callable[[int, str], None]) -> Iterator[tuple[int, Json]]:
@@ -398,6 +403,10 @@ def _elements(path: Path, raw: bytes, fault: Callable[[int, str], None]) -> Iter
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path} is not a JSON array: {error}", expected="a whole array, or JSONL"
+        ) from error
+    except RecursionError as error:
+        raise InputError(
+            f"{path} is {_TOO_DEEP}", expected="JSONL, where one bad line costs only itself"
         ) from error
     for number, element in enumerate(elements, start=1):
         yield from _line(number, bytes(element), fault)
@@ -451,7 +460,7 @@ def _maybe_json(value: Any) -> Any:
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             return msgspec.json.decode(value)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, RecursionError):
             return value
     return value
 

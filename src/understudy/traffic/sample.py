@@ -58,13 +58,14 @@ def exchanges(
     """Recorded chat calls of an alias (None: of all) with their texts, in order of time.
 
     Calls recorded without texts, or whose request or answer is not JSON, are left out, for nothing can be
-    replayed or learnt from them.
+    replayed or learnt from them; under ``only_ok`` also those whose answer broke off, whatever their status.
     """
     found: list[Exchange] = []
     calls = store.calls(alias=alias, since=since, ok=True if only_ok else None, texts=True)
     for page in _pages(calls):
         said = _by_call(store.feedback([c.call.key for c in page]))
-        read = (_exchange(c, said.get(c.call.key, [])) for c in page)
+        whole = (c for c in page if not (only_ok and _cut(c)))
+        read = (_exchange(c, said.get(c.call.key, [])) for c in whole)
         found += [exchange for exchange in read if exchange is not None]
     return found
 
@@ -101,6 +102,12 @@ def sample_hash(sample: Iterable[Exchange]) -> str:
     for e in sample:
         digest.update(msgspec.json.encode([e.key, e.prompt_hash, e.answer, e.expected]) + b"\n")
     return digest.hexdigest()
+
+
+def _cut(stored: StoredCall) -> bool:
+    """Whether the answer broke off: a stream's status was sent long before it did."""
+    attempts = stored.call.attempts
+    return bool(attempts) and bool(attempts[-1].error)
 
 
 def _exchange(stored: StoredCall, said: Sequence[Feedback]) -> Exchange | None:
