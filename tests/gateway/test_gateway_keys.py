@@ -60,6 +60,25 @@ def test_the_list_tells_living_from_revoked(config_path: Path) -> None:
     assert "living" in lines[1]
 
 
+def test_limits_are_given_changed_and_shown(config_path: Path) -> None:
+    arguments = ("--limit-requests-per-minute", "60", "--limit-usd-per-month", "12.5", "--json")
+    made = json.loads(run(config_path, "create", "team", *arguments).stdout)
+    expected = {
+        "requests_per_minute": 60,
+        "tokens_per_minute": 0,
+        "usd_per_day": 0.0,
+        "usd_per_month": 12.5,
+    }
+    assert made["limits"] == expected
+    run(config_path, "limit", made["id"], "--limit-tokens-per-minute", "9000", "--limit-usd-per-month", "0")
+    (listed,) = json.loads(run(config_path, "list", "--json").stdout)
+    assert listed["limits"] == {**expected, "tokens_per_minute": 9000, "usd_per_month": 0.0}
+    assert "(60 requests per minute, 9,000 tokens per minute)" in run(config_path, "list").stdout
+    run(config_path, "revoke", made["id"])
+    with pytest.raises(InputError, match="no living key"):
+        run(config_path, "limit", made["id"], "--limit-usd-per-day", "1")
+
+
 def test_revoking_what_is_not_there_says_so_without_repeating_a_secret(config_path: Path) -> None:
     made = json.loads(run(config_path, "create", "team", "--json").stdout)
     for wrong in ("none", made["secret"]):

@@ -17,7 +17,7 @@ from understudy.errors import UnderstudyError
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("init", "Write an understudy.toml with every field explained."),
     "up": ("gateway", "Run the gateway: route, stream and record."),
-    "keys": ("keys", "Make, list and revoke the keys that callers show to the gateway."),
+    "keys": ("keys", "Make, limit, list and revoke the keys that callers show to the gateway."),
     "serve": ("serve", "Serve models of your own on the OpenAI routes."),
     "traffic": ("traffic", "Import, show and export recorded traffic."),
     "models": ("catalog", "What models exist, can do, cost, and when they retire."),

@@ -7,16 +7,19 @@ ignores what happens on a connection (inbound, relay) and how the store is fille
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 from typing import NamedTuple
 
 from understudy.config import Config, resolve_secret
-from understudy.errors import AddressError, InputError
+from understudy.errors import AddressError, InputError, StoreError
 from understudy.gateway.breaker import Breaker
 from understudy.gateway.following import follow_routes
 from understudy.gateway.inbound import Inbound
+from understudy.gateway.indexing import price_of
 from understudy.gateway.keys import KeyRing
+from understudy.gateway.limits import Purses
 from understudy.gateway.plane import Plane
 from understudy.gateway.recorder import Recorder
 from understudy.gateway.routing import build_table, check_supported
@@ -63,6 +66,9 @@ class RunningGateway:
         self.plane.close()
         await asyncio.to_thread(self.plane.recorder.writer.close)
         await asyncio.gather(self._following, return_exceptions=True)
+        if self.plane.keys is not None:
+            with contextlib.suppress(StoreError):  # what is not given back counts as spent
+                await self.plane.keys.purses.close()
         await asyncio.to_thread(self._store.close)
 
 
@@ -144,9 +150,15 @@ async def start(config: Config, *, sock: socket.socket | None = None) -> Running
         on_full=config.store.on_full,
     )
     loop = asyncio.get_running_loop()
-    keys = KeyRing(store) if config.gateway.require_key else None
+    keys = KeyRing(store, Purses(store, lambda: price_of(config))) if config.gateway.require_key else None
     without_texts = [name for name, alias in config.aliases.items() if alias.record == "metadata"]
-    recorder = Recorder(writer, config.gateway.record, without_texts=without_texts, redactor=redactor)
+    recorder = Recorder(
+        writer,
+        config.gateway.record,
+        without_texts=without_texts,
+        redactor=redactor,
+        told=[keys.purses.charge] if keys else [],
+    )
     for upstream in upstreams.values():
         upstream.breaker = Breaker(config.gateway.break_after, config.gateway.rest_s)
     plane = Plane(config.gateway, table, recorder, keys, loop)

@@ -31,7 +31,7 @@ async def follow_routes(plane: Plane, config: Config, store: Store) -> None:
                 _take(plane, build_table(config, plane.table.upstreams, rows))
                 version = current
             if plane.keys is not None:
-                await asyncio.to_thread(plane.keys.refresh)
+                await plane.keys.refresh()
         except StoreError as error:
             _log.warning("routes cannot be read, the last ones stay: %s", error)
         await asyncio.sleep(POLL_S)

@@ -20,6 +20,7 @@ import httptools
 from understudy.errors import StoreError
 from understudy.gateway import local
 from understudy.gateway.keys import KeyRing, secret_of
+from understudy.gateway.limits import Purse
 from understudy.gateway.plane import Plane
 from understudy.gateway.refusal import Refusal, broken_framing, reason
 from understudy.gateway.relay import Call, Exchange
@@ -246,10 +247,24 @@ class Inbound(asyncio.Protocol):
         if call is None:
             self._reply(local.answer(self._plane, request))
             return
+        purse = self._plane.keys.purse(caller) if self._plane.keys else None
+        if purse is None or purse.admit():
+            self._exchange_for(call, request, caller)
+        else:
+            self._checking = self._plane.loop.create_task(self._wait_for(purse, call, request, caller))
+
+    async def _wait_for(self, purse: Purse, call: Call, request: Request, caller: str) -> None:
+        try:
+            await self._plane.counted(purse)
+            if self._transport is not None:
+                self._exchange_for(call, request, caller)
+        except Refusal as refusal:
+            self.refuse(refusal)
+
+    def _exchange_for(self, call: Call, request: Request, caller: str) -> None:
         if self._plane.recorder.refusing:
             raise local.not_recordable()
-        exchange = Exchange(self._plane, self, call, request, caller)
-        self._exchange = exchange
+        self._exchange = exchange = Exchange(self._plane, self, call, request, caller)
         exchange.begin()
 
     def _reply(self, reply: local.Reply) -> None:

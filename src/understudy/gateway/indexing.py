@@ -22,7 +22,7 @@ from understudy.config import Config
 from understudy.errors import StoreError
 from understudy.traffic.indexer import Indexer
 from understudy.traffic.retention import Retention
-from understudy.traffic.store import open_store
+from understudy.traffic.store import Price, open_store
 
 INTERVAL_S = 0.5
 CARE_S = 5.0
@@ -39,6 +39,12 @@ def check_prices(config: Config) -> None:
     """Raises InputError for an overlay of the catalog that the indexer could not read."""
     if config.catalog.overlay:
         load_catalog(config.path(config.catalog.overlay))
+
+
+def price_of(config: Config) -> Price:
+    """What calls cost by the catalog and the config's overlay. Raises InputError."""
+    overlay = config.path(config.catalog.overlay) if config.catalog.overlay else None
+    return pricer(load_catalog(overlay), config.endpoints)
 
 
 class IndexerProcess:
@@ -111,8 +117,7 @@ def index(config: Config, stop: threading.Event) -> None:
 
     Raises StoreError.
     """
-    overlay = config.path(config.catalog.overlay) if config.catalog.overlay else None
-    price = pricer(load_catalog(overlay), config.endpoints)
+    price = price_of(config)
     segments = config.path(config.store.segments)
     with open_store(config.store.url, config.path(".")) as store:
         indexer = Indexer(segments, store, price)

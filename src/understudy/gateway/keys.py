@@ -1,7 +1,8 @@
 """Callers' keys: who may use the gateway, when the config requires a key.
 
 A key is looked up in the store once (which compares in constant time) and then known here by its SHA-256;
-revoked keys are dropped at the next poll, within a second. It ignores limits per key.
+revoked keys are dropped and changed limits taken up at the next poll, within a second. It ignores how limits
+are kept (limits).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 
+from understudy.gateway.limits import Purse, Purses
 from understudy.gateway.refusal import Refusal
 from understudy.gateway.request import Request
 from understudy.traffic.store import Store
@@ -18,9 +20,10 @@ _KNOWN_KEYS = 10_000
 
 
 class KeyRing:
-    """Keys seen so far, by hash."""
+    """Keys seen so far, by hash, and the purses of those that have limits."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, purses: Purses) -> None:
+        self.purses = purses
         self._store = store
         self._ids: dict[bytes, str] = {}
 
@@ -33,17 +36,26 @@ class KeyRing:
         key = await asyncio.to_thread(self._store.lookup_key, secret.decode("latin-1")) if secret else None
         if key is None:
             raise _unauthorised(bool(secret))
+        await self.purses.learn(key)
         if len(self._ids) >= _KNOWN_KEYS:
             self._ids.clear()
         self._ids[hashlib.sha256(secret).digest()] = key.id
         return key.id
 
-    def refresh(self) -> None:
-        """Forget revoked keys. Blocks on the store; raises StoreError."""
-        if self._ids:
-            keys = self._store.keys()
-            living = {key.id for key in keys if key.revoked is None}
-            self._ids = {digest: name for digest, name in self._ids.items() if name in living}
+    def purse(self, caller: str) -> Purse | None:
+        """What a key may spend; None when it has no limits."""
+        return self.purses.of(caller)
+
+    async def refresh(self) -> None:
+        """Forget revoked keys, take up changed limits. Raises StoreError."""
+        if not self._ids:
+            return
+        keys = await asyncio.to_thread(self._store.keys)
+        living = {key.id: key for key in keys if key.revoked is None}
+        seen = set(self._ids.values())
+        self._ids = {digest: name for digest, name in self._ids.items() if name in living}
+        for key_id in seen:
+            await (self.purses.learn(living[key_id]) if key_id in living else self.purses.forget(key_id))
 
 
 def secret_of(request: Request) -> bytes:

@@ -26,6 +26,9 @@ class Metrics:
         """(endpoint, status or "failed") -> count."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """route -> seconds from complete request to end of answer."""
+        self.refused_by_limit: defaultdict[str, int] = defaultdict(int)
+        """limit of a key -> calls refused because it was used up."""
+        self.unpriced = 0
         self.connections_opened = 0
         self.connections_reused = 0
         self.bytes_relayed = 0
@@ -39,6 +42,9 @@ class Metrics:
         page.add("requests_total", "counter", "Answers by route and status.", self._requests())
         page.add("request_seconds_total", "counter", "Time spent answering.", self._seconds())
         page.add("attempts_total", "counter", "Tries at upstreams.", self._attempts())
+        limits = (((("limit", name),), count) for name, count in self.refused_by_limit.items())
+        page.add("refused_by_limit_total", "counter", "Calls refused by a limit of their key.", limits)
+        page.one("unpriced_calls_under_a_money_limit_total", "counter", self.unpriced)
         page.one("upstream_connections_opened_total", "counter", self.connections_opened)
         page.one("upstream_connections_reused_total", "counter", self.connections_reused)
         page.one("relayed_bytes_total", "counter", self.bytes_relayed)

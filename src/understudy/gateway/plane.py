@@ -11,8 +11,10 @@ from typing import Protocol
 
 from understudy.config import Gateway
 from understudy.gateway.keys import KeyRing
+from understudy.gateway.limits import Purse
 from understudy.gateway.metrics import Metrics
 from understudy.gateway.recorder import Recorder
+from understudy.gateway.refusal import Refusal
 from understudy.gateway.routing import Table
 
 SWEEP_S = 0.1
@@ -96,10 +98,19 @@ class Plane:
         for exchange in list(self.exchanges):
             exchange.stop()
 
+    async def counted(self, purse: Purse) -> None:
+        """Ask for a call's share of its key's limits. Raises Refusal."""
+        try:
+            await purse.ask()
+        except Refusal as refusal:
+            self.metrics.refused_by_limit[refusal.param or "unknown"] += 1
+            raise
+
     def metrics_text(self) -> bytes:
         """The Prometheus page."""
         now = self.loop.time()
         self.metrics.resting = {name: u.breaker.rests(now) for name, u in self.table.upstreams.items()}
+        self.metrics.unpriced = self.keys.purses.unpriced if self.keys else 0
         self.metrics.connections_opened = sum(u.opened for u in self.table.upstreams.values())
         return self.metrics.text(len(self.exchanges), len(self.clients), self.recorder.writer)
 

@@ -8,11 +8,11 @@ when the client may hear the end (strict: not before the disk has it). It ignore
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, NamedTuple, cast
 
 from understudy.gateway import answers
-from understudy.traffic.record import Attempt, Call, Feedback, Record, Route
+from understudy.traffic.record import Attempt, Call, Feedback, Route
 from understudy.traffic.redact import Redactor
 from understudy.traffic.segments import SegmentWriter
 
@@ -45,7 +45,7 @@ class Recorder:
     """Keeps calls and feedback; one per process.
 
     Of the aliases in ``without_texts`` no texts are kept, whatever the ``mode``. What ``redactor`` finds is
-    taken out before a record is written.
+    taken out before a record is written. Each of ``told`` is given every call as it is written.
     """
 
     def __init__(
@@ -55,12 +55,14 @@ class Recorder:
         *,
         without_texts: Collection[str] = (),
         redactor: Redactor | None = None,
+        told: Sequence[Callable[[Call], None]] = (),
     ) -> None:
         self.writer = writer
         self.strict = mode == "strict"
         self._texts = mode != "metadata"
         self._without_texts = frozenset(without_texts)
         self._redactor = redactor
+        self._told = tuple(told)
 
     @property
     def refusing(self) -> bool:
@@ -69,18 +71,21 @@ class Recorder:
 
     def keep(self, done: Finished) -> bool:
         """Append a call to the log; False when the disk is full and the record was dropped."""
-        return self._append(self._call(done))
+        call = self._call(done)
+        if self._redactor:
+            call = cast(Call, self._redactor.record(call))
+        kept = self.writer.append(call)
+        for tell in self._told:
+            tell(call)
+        return kept
 
     def keep_feedback(self, feedback: Feedback) -> bool:
         """Append feedback to the log; False when the disk is full and it was dropped."""
-        return self._append(feedback)
+        return self.writer.append(self._redactor.record(feedback) if self._redactor else feedback)
 
     def durable(self) -> asyncio.Future[None]:
         """Resolves when all that was kept so far is on disk."""
         return self.writer.durable()
-
-    def _append(self, record: Record) -> bool:
-        return self.writer.append(self._redactor.record(record) if self._redactor else record)
 
     def _call(self, done: Finished) -> Call:
         response = answers.decoded(done.response, done.coding) if done.coding else done.response

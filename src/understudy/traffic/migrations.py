@@ -259,6 +259,22 @@ M014_ADD_RETENTION = Migration(
     ),
 )
 
+M015_ADD_LIMITS = Migration(
+    "m015_add_limits",
+    (
+        "ALTER TABLE keys ADD COLUMN requests_per_minute INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE keys ADD COLUMN tokens_per_minute INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE keys ADD COLUMN usd_per_day REAL NOT NULL DEFAULT 0",
+        "ALTER TABLE keys ADD COLUMN usd_per_month REAL NOT NULL DEFAULT 0",
+        """
+        CREATE TABLE allowances (
+            key TEXT NOT NULL, kind TEXT NOT NULL, period INTEGER NOT NULL, used REAL NOT NULL,
+            PRIMARY KEY (key, kind, period)
+        ) WITHOUT ROWID
+        """,
+    ),
+)
+
 HISTORY = (
     M001_CREATE_CALLS,
     M002_CREATE_BLOBS,
@@ -274,6 +290,7 @@ HISTORY = (
     M012_FIND_FAILURES_AND_TASKS,
     M013_FIND_FAILURES_BY_STATUS,
     M014_ADD_RETENTION,
+    M015_ADD_LIMITS,
 )
 
 

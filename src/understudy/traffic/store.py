@@ -20,7 +20,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from understudy.protocol import CallShape, Cost
-from understudy.traffic import hours, rows
+from understudy.traffic import allowances, hours, rows
+from understudy.traffic.allowances import Kind, Limits
 from understudy.traffic.database import Database, Row, open_database
 from understudy.traffic.hours import Hour
 from understudy.traffic.migrations import migrate
@@ -36,6 +37,7 @@ PAGE = 250
 
 
 _ROUTE_COLUMNS = "alias, version, model, fallback, stage, changed_at, changed_by, reason, evidence"
+_KEY_COLUMNS = f"id, name, created, revoked, {', '.join(Limits._fields)}"
 _SHAPE_COLUMNS = f"key, at, modalities, features, max_tokens, task_id, {USAGE_COLUMNS}"
 
 
@@ -65,6 +67,7 @@ class Key(NamedTuple):
     name: str
     created: float
     revoked: float | None
+    limits: Limits = Limits()
 
 
 class NewKey(NamedTuple):
@@ -499,21 +502,25 @@ class Store:
 
     # keys
 
-    def create_key(self, name: str) -> NewKey:
+    def create_key(self, name: str, limits: Limits = Limits()) -> NewKey:  # noqa: B008 immutable
         """A new key. Its secret is shown here and never again: only its SHA-256 is kept, which is enough for
         256 random bits (a slow hash is for passwords)."""
-        key = Key(secrets.token_hex(6), name, time.time(), None)
+        key = Key(secrets.token_hex(6), name, time.time(), None, limits)
         secret = f"us-{key.id}-{secrets.token_urlsafe(32)}"
         with self._database.transaction(durable=True):
-            self._many("keys", "id, hash, name, created", [(key.id, _hashed(secret), name, key.created)])
+            self._many("keys", f"{_KEY_COLUMNS}, hash", [(*key[:4], *limits, _hashed(secret))])
         return NewKey(key, secret)
 
     def keys(self) -> list[Key]:
         """Every key ever made, oldest first."""
-        return [
-            Key(*r)
-            for r in self._database.query("SELECT id, name, created, revoked FROM keys ORDER BY created")
-        ]
+        sql = f"SELECT {_KEY_COLUMNS} FROM keys ORDER BY created"  # noqa: S608 literals
+        return [_key(row) for row in self._database.query(sql)]
+
+    def key(self, key_id: str) -> Key | None:
+        """One key, living or revoked; None when there is none."""
+        sql = f"SELECT {_KEY_COLUMNS} FROM keys WHERE id = ?"  # noqa: S608 literals
+        found = self._database.query(sql, (key_id,))
+        return _key(found[0]) if found else None
 
     def revoke_key(self, key_id: str) -> bool:
         """End a key; False when there is none or it has ended before."""
@@ -521,14 +528,26 @@ class Store:
             sql = "UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL"
             return self._database.execute(sql, (time.time(), key_id)) == 1
 
+    def limit_key(self, key_id: str, limits: Limits) -> bool:
+        """Give a key other limits; False when there is no such living key."""
+        changes = ", ".join(f"{kind} = ?" for kind in Limits._fields)
+        with self._database.transaction(durable=True):
+            sql = f"UPDATE keys SET {changes} WHERE id = ? AND revoked IS NULL"  # noqa: S608 literals
+            return self._database.execute(sql, (*limits, key_id)) == 1
+
+    def draw(self, key_id: str, kind: Kind, period: int, *, limit: float, owed: float = 0.0) -> float:
+        """A share of what a key may still spend in a period, see `allowances.draw`."""
+        with self._database.transaction():
+            return allowances.draw(self._database, key_id, kind, period, limit=limit, owed=owed)
+
     def lookup_key(self, secret: str) -> Key | None:
         """The living key behind a secret. Compared in constant time, also when there is no such key."""
         parts = secret.split("-", 2)
         key_id = parts[1] if len(parts) == 3 else ""
-        sql = "SELECT id, name, created, revoked, hash FROM keys WHERE id = ? AND revoked IS NULL"
+        sql = f"SELECT {_KEY_COLUMNS}, hash FROM keys WHERE id = ? AND revoked IS NULL"  # noqa: S608 literals
         found = self._database.query(sql, (key_id,))
-        same = hmac.compare_digest(_hashed(secret), bytes(found[0][4]) if found else bytes(32))
-        return Key(*found[0][:4]) if same and found else None
+        same = hmac.compare_digest(_hashed(secret), bytes(found[0][-1]) if found else bytes(32))
+        return _key(found[0]) if same and found else None
 
 
 class _Where:
@@ -553,6 +572,10 @@ class _Where:
 
 def _route(row: Row) -> Route:
     return Route(row[0], row[1], row[2], tuple(msgspec.json.decode(row[3], type=list[str])), *row[4:])
+
+
+def _key(row: Row) -> Key:
+    return Key(row[0], row[1], row[2], row[3], Limits(*row[4:8]))
 
 
 def _hashed(secret: str) -> bytes:
