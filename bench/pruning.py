@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from understudy.compress import checkpoint, corpus
 from understudy.compress import plan as plans
 from understudy.compress.corpus import Batch
-from understudy.compress.families import extras_of, shape_of
+from understudy.compress.decoder import extras_of, shape_of
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.prune import Method, prune
 

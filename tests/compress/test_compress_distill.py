@@ -15,8 +15,8 @@ import torch
 from understudy.compress import distill
 from understudy.compress import plan as plans
 from understudy.compress.corpus import Document, batches, pack
+from understudy.compress.decoder import extras_of, shape_of
 from understudy.compress.distill import Corpus, Settings, heal
-from understudy.compress.families import extras_of, shape_of
 from understudy.compress.fidelity import fidelity
 from understudy.compress.prune import prune
 from understudy.compress.teacher import LiveTeacher

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import enter
-from understudy.compress.families import extras_of, family_of, layers_of, parameters, shape_of
+from understudy.compress.decoder import extras_of, family_of, layers_of, parameters, shape_of
 from understudy.compress.fidelity import final_hidden
 from understudy.compress.prune import prune
 from understudy.errors import ModelError
@@ -78,7 +78,7 @@ def test_an_unknown_family_says_what_an_adapter_needs():
     with pytest.raises(ModelError) as caught:
         family_of(model)
     assert "'gpt2'" in str(caught.value)
-    assert "families.py" in caught.value.next_step
+    assert "compress/families" in caught.value.next_step
 
 
 def test_a_shape_says_its_group(make):

@@ -13,7 +13,7 @@ import torch
 from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import Gram, enter, observe
-from understudy.compress.families import extras_of, layers_of, shape_of
+from understudy.compress.decoder import extras_of, layers_of, shape_of
 from understudy.compress.importance import (
     Gated,
     channel_scores,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.compress.corpus import Batch
-from understudy.compress.families import Layer, body
+from understudy.compress.decoder import Layer, body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

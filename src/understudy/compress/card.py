@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from understudy.compress.families import Shape
+from understudy.compress.decoder import Shape
 from understudy.compress.plan import Plan
 
 _AXES = (

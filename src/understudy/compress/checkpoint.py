@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from understudy.compress.families import family_of
+from understudy.compress.decoder import family_of
 from understudy.config import resolve_path
 from understudy.errors import MissingExtraError, ModelError
 

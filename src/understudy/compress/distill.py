@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from understudy.compress.corpus import Batch, Document, Row, collate, fingerprint, pack, row_length, shuffled
-from understudy.compress.families import head_weight, softcap_of, vocabulary_weights
+from understudy.compress.decoder import head_weight, softcap_of, vocabulary_weights
 from understudy.compress.fidelity import final_hidden, side_of
 from understudy.compress.losses import (
     Divergence,

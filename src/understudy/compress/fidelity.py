@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from understudy.compress.corpus import Batch
-from understudy.compress.families import body, head_weight, softcap_of
+from understudy.compress.decoder import body, head_weight, softcap_of
 from understudy.compress.losses import Head, Side, logit_blocks
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.progress import Progress, silent

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from understudy.compress.families import Extras, Shape, parameters
+from understudy.compress.decoder import Extras, Shape, parameters
 from understudy.errors import InputError, ModelError
 
 MULTIPLE = 64

@@ -27,7 +27,7 @@ from understudy.compress.calibrate import (
     observe,
 )
 from understudy.compress.corpus import Batch
-from understudy.compress.families import Layer, bias_of, extras_of, layers_of, shape_of, write_shape
+from understudy.compress.decoder import Layer, bias_of, extras_of, layers_of, shape_of, write_shape
 from understudy.compress.importance import (
     Gated,
     Heads,

@@ -24,8 +24,8 @@ from understudy.compress.corpus import (
     row_length,
     take,
 )
+from understudy.compress.decoder import Shape, extras_of, shape_of
 from understudy.compress.distill import Curve
-from understudy.compress.families import Shape, extras_of, shape_of
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.plan import Plan
 from understudy.compress.progress import Progress, silent

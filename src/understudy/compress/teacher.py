@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from understudy.compress.corpus import Row, collate
-from understudy.compress.families import head_weight, softcap_of
+from understudy.compress.decoder import head_weight, softcap_of
 from understudy.compress.fidelity import final_hidden
 from understudy.compress.losses import Head
 

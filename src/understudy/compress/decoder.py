@@ -1,11 +1,9 @@
-"""What Understudy knows of model architectures: one `Family` per architecture, one view of a decoder layer.
+"""A decoder as everything else sees it: heads, channels, layers and width, whatever its architecture.
 
-A family says where a layer keeps its projections and norms and how its configuration spells a shape; every
-other file speaks of heads, channels, layers and width. It ignores how anything is scored or cut.
-
-An adapter for a new family needs: the `model_type`, the norms around both residual branches, whether norm
-gains are stored as an offset from one, and whether the embedding is scaled by the width. The test
-`test_compress_families.py` then proves it: layer = branches, parameters as counted, reload = memory.
+`shape_of` and `layers_of` read a model through its family's adapter; `write_shape` spells a new shape in its
+configuration. It ignores where an architecture keeps its parts (families) and how anything is scored or cut.
+The test `test_compress_families.py` proves an adapter: layer = branches, parameters as counted, reload =
+memory.
 """
 
 from __future__ import annotations
@@ -15,49 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
+from understudy.compress.families import FAMILIES, Family
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
-
-
-class Family(NamedTuple):
-    """Where one architecture keeps what all dense decoders have."""
-
-    name: str
-    model_type: str
-    """`config.model_type` in transformers."""
-    attention_norm: str = "input_layernorm"
-    """Norm before the attention branch."""
-    attention_post_norm: str = ""
-    """Norm on the attention branch's output; empty when the branch ends with `o_proj`."""
-    ffn_norm: str = "post_attention_layernorm"
-    ffn_post_norm: str = ""
-    gain_offset: float = 0.0
-    """The norm multiplies by `gain_offset + weight`."""
-    scaled_embedding: bool = False
-    """The embedding is multiplied by √width, so a narrower model needs its scale put right."""
-    heads_divide_width: bool = False
-    """transformers refuses a configuration whose width is no multiple of its query heads."""
-
-
-FAMILIES: tuple[Family, ...] = (
-    Family("Llama", "llama", heads_divide_width=True),
-    Family("Mistral", "mistral"),
-    Family("Qwen2", "qwen2"),
-    Family("Qwen3", "qwen3"),
-    Family(
-        "Gemma 3 text",
-        "gemma3_text",
-        attention_post_norm="post_attention_layernorm",
-        ffn_norm="pre_feedforward_layernorm",
-        ffn_post_norm="post_feedforward_layernorm",
-        gain_offset=1.0,
-        scaled_embedding=True,
-        heads_divide_width=True,
-    ),
-)
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,31 +76,31 @@ class Layer:
 
     @property
     def q(self) -> nn.Linear:
-        return self.linear("self_attn.q_proj")
+        return self.linear(self.family.q)
 
     @property
     def k(self) -> nn.Linear:
-        return self.linear("self_attn.k_proj")
+        return self.linear(self.family.k)
 
     @property
     def v(self) -> nn.Linear:
-        return self.linear("self_attn.v_proj")
+        return self.linear(self.family.v)
 
     @property
     def o(self) -> nn.Linear:
-        return self.linear("self_attn.o_proj")
+        return self.linear(self.family.o)
 
     @property
     def gate(self) -> nn.Linear:
-        return self.linear("mlp.gate_proj")
+        return self.linear(self.family.gate)
 
     @property
     def up(self) -> nn.Linear:
-        return self.linear("mlp.up_proj")
+        return self.linear(self.family.up)
 
     @property
     def down(self) -> nn.Linear:
-        return self.linear("mlp.down_proj")
+        return self.linear(self.family.down)
 
     @property
     def writes_through_norm(self) -> bool:
@@ -149,7 +110,7 @@ class Layer:
     def attention(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """The attention branch's addition to the stream; ``call`` as recorded by `calibrate`."""
         normed = self.read_attention(hidden)
-        out = self.module.get_submodule("self_attn")(hidden_states=normed, **call)[0]
+        out = self.module.get_submodule(self.family.attention)(hidden_states=normed, **call)[0]
         return self._after(self.family.attention_post_norm, out)
 
     def write_attention(self, mixed: Tensor) -> Tensor:
@@ -159,7 +120,7 @@ class Layer:
     def feed_forward(self, hidden: Tensor) -> Tensor:
         """The feed-forward branch's addition to the stream."""
         normed = self.read_feed_forward(hidden)
-        return self._after(self.family.ffn_post_norm, self.module.get_submodule("mlp")(normed))
+        return self._after(self.family.ffn_post_norm, self.module.get_submodule(self.family.ffn)(normed))
 
     def read_attention(self, hidden: Tensor) -> Tensor:
         """What q, k and v read of the stream."""
@@ -175,7 +136,7 @@ class Layer:
 
     def regroup(self, heads: int, kv_heads: int) -> None:
         """Tell the attention module its new grouping; the number of heads it reads off its weights."""
-        attention = cast(Any, self.module.get_submodule("self_attn"))
+        attention = cast(Any, self.module.get_submodule(self.family.attention))
         attention.num_key_value_groups = heads // kv_heads
 
     def _after(self, norm: str, out: Tensor) -> Tensor:
@@ -187,34 +148,29 @@ def family_of(model: PreTrainedModel) -> Family:
     model_type = str(model.config.model_type)
     for family in FAMILIES:
         if family.model_type == model_type:
-            _refuse_experts(model)
+            family.refuse(model)
             return family
     raise ModelError(
         f"no adapter for the model type {model_type!r}",
         expected="one of: " + ", ".join(f.model_type for f in FAMILIES),
-        next_step="add a Family to compress/families.py: model_type, the norms around attention and "
+        next_step="add a Family as a file of compress/families: model_type, the norms around attention and "
         "feed-forward, gain offset, embedding scale; its tests say whether it is right",
     )
 
 
-def _refuse_experts(model: PreTrainedModel) -> None:
-    if getattr(model.config, "use_bidirectional_attention", False):
-        raise ModelError("the model attends in both directions", expected="a causal decoder")
-
-
 def body(model: PreTrainedModel) -> Any:
     """The decoder without its head: embedding, layers, final norm."""
-    return cast(Any, model).model
+    return family_of(model).body(model)
 
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
     family = family_of(model)
-    return [Layer(module, family) for module in body(model).layers]
+    return [Layer(module, family) for module in family.body(model).layers]
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
     """The output matrix, (vocab, width); the embedding itself when tied."""
-    return cast(Any, model).lm_head.weight
+    return family_of(model).head(model).weight
 
 
 def vocabulary_weights(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -225,12 +181,12 @@ def vocabulary_weights(model: PreTrainedModel) -> list[nn.Parameter]:
 
 def softcap_of(model: PreTrainedModel) -> float:
     """c where logits are c·tanh(logits/c); 0 for none."""
-    return float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
+    return float(getattr(family_of(model).config(model), "final_logit_softcapping", None) or 0.0)
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
     """The shape as the weights have it, which the configuration must agree with."""
-    config, layers = cast(Any, model.config), layers_of(model)
+    config, layers = family_of(model).config(model), layers_of(model)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     first = layers[0]
     return Shape(
@@ -247,15 +203,14 @@ def shape_of(model: PreTrainedModel) -> Shape:
 def extras_of(model: PreTrainedModel) -> Extras:
     layer = layers_of(model)[0]
     family = layer.family
-    norms = (family.attention_norm, family.attention_post_norm, family.ffn_norm, family.ffn_post_norm)
     return Extras(
-        tied=bool(model.config.tie_word_embeddings),
+        tied=bool(family.config(model).tie_word_embeddings),
         q_bias=bias_of(layer.q) is not None,
         kv_bias=bias_of(layer.k) is not None,
         o_bias=bias_of(layer.o) is not None,
         ffn_bias=bias_of(layer.down) is not None,
-        qk_norms=hasattr(layer.module.get_submodule("self_attn"), "q_norm"),
-        norms=sum(bool(n) for n in norms),
+        qk_norms=hasattr(layer.module.get_submodule(family.attention), "q_norm"),
+        norms=len(family.norms),
         heads_divide_width=family.heads_divide_width,
     )
 
@@ -277,7 +232,7 @@ def parameters(shape: Shape, extras: Extras) -> int:
 
 def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) -> None:
     """Spell a shape in the model's configuration, `head_dim` always written out."""
-    config = cast(Any, model.config)
+    config = family_of(model).config(model)
     config.num_hidden_layers = shape.layers
     config.hidden_size = shape.hidden
     config.intermediate_size = shape.ffn

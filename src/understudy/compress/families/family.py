@@ -1,0 +1,71 @@
+"""What an adapter says of an architecture: where a decoder keeps its projections and norms, and its quirks.
+
+An adapter is one file beside this one with a `Family`. One for a new architecture needs the `model_type`, the
+norms around both residual branches, whether norm gains are stored as an offset from one, and whether the
+embedding is scaled by the width; a module that keeps its parts elsewhere names their paths, and an
+architecture that prepares a layer otherwise overrides a method. It ignores how anything is scored or cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from understudy.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Where one architecture keeps what all dense decoders have; paths are below a decoder layer."""
+
+    name: str
+    model_type: str
+    """`config.model_type` in transformers."""
+    attention: str = "self_attn"
+    q: str = "self_attn.q_proj"
+    k: str = "self_attn.k_proj"
+    v: str = "self_attn.v_proj"
+    o: str = "self_attn.o_proj"
+    ffn: str = "mlp"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attention_norm: str = "input_layernorm"
+    """Norm before the attention branch."""
+    attention_post_norm: str = ""
+    """Norm on the attention branch's output; empty when the branch ends with `o_proj`."""
+    ffn_norm: str = "post_attention_layernorm"
+    ffn_post_norm: str = ""
+    gain_offset: float = 0.0
+    """The norm multiplies by `gain_offset + weight`."""
+    scaled_embedding: bool = False
+    """The embedding is multiplied by √width, so a narrower model needs its scale put right."""
+    heads_divide_width: bool = False
+    """transformers refuses a configuration whose width is no multiple of its query heads."""
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of the full width in one layer."""
+        every = (self.attention_norm, self.attention_post_norm, self.ffn_norm, self.ffn_post_norm)
+        return tuple(norm for norm in every if norm)
+
+    def config(self, model: PreTrainedModel) -> Any:
+        """The part of the configuration that describes the decoder."""
+        return model.config
+
+    def body(self, model: PreTrainedModel) -> Any:
+        """The decoder without its head: `embed_tokens`, `layers`, `norm`."""
+        return cast(Any, model).model
+
+    def head(self, model: PreTrainedModel) -> nn.Linear:
+        """The output projection."""
+        return cast("nn.Linear", cast(Any, model).lm_head)
+
+    def refuse(self, model: PreTrainedModel) -> None:
+        """Raise ModelError for a variant of the architecture that cannot be pruned here."""
+        if getattr(self.config(model), "use_bidirectional_attention", False):
+            raise ModelError("the model attends in both directions", expected="a causal decoder")
