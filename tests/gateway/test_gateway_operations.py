@@ -26,6 +26,7 @@ import pytest
 from faulty_upstream import (
     SSE_HEAD,
     FaultyUpstream,
+    RawClient,
     Served,
     answers,
     ask,
@@ -45,6 +46,7 @@ from faulty_upstream import (
     until,
 )
 
+from understudy.config import Gateway
 from understudy.errors import AddressError, InputError
 from understudy.gateway import indexing, processes
 from understudy.gateway.app import start
@@ -95,6 +97,54 @@ async def test_models_show_where_an_alias_points(tmp_path: Path, upstream: Fault
         "fallback": ["two/m"],
         "version": 0,
     }
+
+
+# reload
+
+
+async def test_another_config_is_taken_up_with_nothing_lost(
+    tmp_path: Path, upstream: FaultyUpstream, second: FaultyUpstream
+) -> None:
+    go = asyncio.Event()
+
+    async def slow(served: Served) -> None:
+        await served.send(SSE_HEAD + chunk(b"data: 1\n\n"))
+        await go.wait()
+        await served.send(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+    upstream.script = [slow, echo]
+    before = config_for(tmp_path, {"one": upstream.url})
+    async with running(before) as gateway, raw_client(gateway.port) as client:
+        asking = asyncio.ensure_future(client.ask(post(chat(stream=True))))
+        await until(lambda: upstream.served)
+        moved = config_for(tmp_path, {"two": second.url}, 'record = "metadata"', "keep_days = 3")
+        assert await gateway.reload(moved) == []
+        got = await ask(gateway.port)
+        assert got.headers["x-understudy-model"] == "two/m"
+        go.set()
+        got = await asking
+        assert (got.body, got.complete) == (b"data: 1\n\ndata: [DONE]\n\n", True)
+        got = await client.ask(post(chat()))  # over the same connection
+        assert got.headers["x-understudy-model"] == "two/m"
+        await upstream.gone.wait()  # nobody needs the old connection any more
+        with pytest.raises(InputError, match="UNDERSTUDY_TEST_NO_SUCH"):
+            await gateway.reload(config_for(tmp_path, {"one": upstream.url}, rest=NO_SECRET))
+        assert (await ask(gateway.port)).headers["x-understudy-model"] == "two/m"
+        elsewhere = config_for(tmp_path, {"two": second.url}, "require_key = true", 'segments = "other"')
+        assert await gateway.reload(elsewhere) == ["store.segments"]
+        assert (await ask(gateway.port)).status == 401
+    assert [call.target for call in calls(tmp_path)] == ["two/m", "one/m", "two/m", "two/m"]
+    assert [call.request for call in calls(tmp_path)] == [b""] * 4
+
+
+async def test_what_has_not_changed_keeps_its_connections(tmp_path: Path, upstream: FaultyUpstream) -> None:
+    config = config_for(tmp_path, {"local": upstream.url})
+    async with running(config) as gateway:
+        await ask(gateway.port)
+        await gateway.reload(msgspec.structs.replace(config, gateway=Gateway(idle_timeout_s=5.0)))
+        await ask(gateway.port)
+        assert gateway.plane.settings.idle_timeout_s == 5.0
+    assert upstream.connections == 1
 
 
 # keys
@@ -370,7 +420,7 @@ async def test_a_port_in_use_is_named(tmp_path: Path, upstream: FaultyUpstream) 
     with pytest.raises(AddressError, match=str(upstream.port)):
         await start(taken)
     with pytest.raises(AddressError, match=str(upstream.port)):
-        processes.up(taken)
+        processes.up(lambda: taken)
 
 
 async def test_an_endpoint_that_needs_translation_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -379,10 +429,12 @@ async def test_an_endpoint_that_needs_translation_is_refused_at_the_start(tmp_pa
         await start(config_for(tmp_path, {"local": "http://127.0.0.1:1/v1"}, rest=rest))
 
 
+NO_SECRET = '[endpoints.keyed]\nbase_url = "http://127.0.0.1:1/v1"\napi_key = "env:UNDERSTUDY_TEST_NO_SUCH"'
+
+
 async def test_a_missing_secret_is_named_at_the_start(tmp_path: Path) -> None:
-    rest = '[endpoints.keyed]\nbase_url = "http://127.0.0.1:1/v1"\napi_key = "env:UNDERSTUDY_TEST_NO_SUCH"'
     with pytest.raises(InputError, match="UNDERSTUDY_TEST_NO_SUCH"):
-        await start(config_for(tmp_path, {"local": "http://127.0.0.1:1/v1"}, rest=rest))
+        await start(config_for(tmp_path, {"local": "http://127.0.0.1:1/v1"}, rest=NO_SECRET))
 
 
 # the command
@@ -456,6 +508,33 @@ async def test_up_records_and_indexes_until_it_is_told_to_stop(
     assert len(keys) == 40
     assert {call.key for call in calls(tmp_path)} == keys
     assert stored(tmp_path) == keys
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+async def test_sighup_has_the_config_read_again(
+    tmp_path: Path, upstream: FaultyUpstream, second: FaultyUpstream, processes: int
+) -> None:
+    write_config(tmp_path, upstream, f"processes = {processes}")
+    command = Command(tmp_path)
+    port = await command.ready()
+
+    async def answers_from(served: list[Served], client: RawClient) -> None:
+        count = len(served)
+        async with asyncio.timeout(10):
+            while len(served) == count:
+                assert (await client.ask(post(chat()))).status == 200
+
+    async with raw_client(port) as client:
+        await answers_from(upstream.served, client)
+        (tmp_path / "understudy.toml").write_text("[gateway]\nno_such = 1\n")
+        command.process.send_signal(signal.SIGHUP)
+        await asyncio.sleep(0.1)
+        assert (await client.ask(post(chat()))).status == 200
+        write_config(tmp_path, second, f"processes = {processes}")
+        command.process.send_signal(signal.SIGHUP)
+        await answers_from(second.served, client)
+    assert await command.end(signal.SIGTERM) == 0
+    assert stored(tmp_path) == {call.key for call in calls(tmp_path)}
 
 
 async def test_up_starts_the_dashboard_and_takes_it_along(tmp_path: Path, upstream: FaultyUpstream) -> None:

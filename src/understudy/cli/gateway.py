@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -25,17 +26,24 @@ from understudy.cli.options import config_option, json_option
 def up(config_path: Path, listen: str | None, as_json: bool) -> None:
     """Run the gateway: route, stream and record, until Ctrl-C; with a [dashboard], its pages as well.
 
-    With --json one line of JSON says when it listens, and where.
+    SIGHUP has the config read again: calls in flight and open connections stay. With --json one line of JSON
+    says when it listens, and where.
     """
-    config = configuration.load(config_path)
-    if listen:
-        gateway = msgspec.structs.replace(config.gateway, listen=listen)
-        config = msgspec.structs.replace(config, gateway=gateway)
+    read = partial(_load, config_path, listen)
+    config = read()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     from understudy.gateway import processes
 
     with _dashboard(config, config_path) as pages:
-        processes.up(config, ready=lambda url: _say(config, url, pages, as_json))
+        processes.up(read, ready=lambda url: _say(config, url, pages, as_json))
+
+
+def _load(path: Path, listen: str | None) -> configuration.Config:
+    config = configuration.load(path)
+    if not listen:
+        return config
+    gateway = msgspec.structs.replace(config.gateway, listen=listen)
+    return msgspec.structs.replace(config, gateway=gateway)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The gateway as a whole: put together, listening, following routes, drained.
+"""The gateway as a whole: put together, listening, following routes, reloaded, drained.
 
 `start` runs it inside somebody's event loop; processes that do nothing else are the matter of `processes`. It
 ignores what happens on a connection (inbound, relay) and how the store is filled (indexing).
@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import errno
 import socket
+from collections.abc import Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 from understudy.config import Config, resolve_secret
 from understudy.errors import AddressError, InputError, StoreError
-from understudy.gateway.breaker import Breaker
 from understudy.gateway.following import follow_routes
 from understudy.gateway.inbound import Inbound
 from understudy.gateway.indexing import price_of
@@ -42,19 +43,40 @@ class RunningGateway:
         server: asyncio.Server,
         address: Address,
         store: Store,
-        following: asyncio.Task[None],
+        config: Config,
     ) -> None:
         self.host = address.host
         self.port = address.port
         self.plane = plane
         self._server = server
         self._store = store
-        self._following = following
+        self._config = config
+        self._following = plane.loop.create_task(follow_routes(plane, config, store))
 
     @property
     def url(self) -> str:
         """The base URL for a client."""
         return url_of(Address(self.host, self.port))
+
+    async def reload(self, config: Config) -> list[str]:
+        """Take up another config without losing a connection; returns what stays as it is until a restart.
+
+        Calls in flight go on where they were sent. Raises as `start` does, and then nothing has changed.
+        """
+        plane = self.plane
+        before = plane.table.upstreams
+        upstreams = upstreams_of(config, before)
+        keys = plane.keys or keys_of(config, self._store) if config.gateway.require_key else None
+        recorder = recorder_of(config, plane.recorder.writer, keys)
+        table = build_table(config, upstreams, await asyncio.to_thread(self._store.routes))
+        self._following.cancel()
+        plane.take(config.gateway, table, recorder, keys)
+        for name, upstream in before.items():
+            if upstreams.get(name) is not upstream:
+                upstream.close()
+        stay, self._config = fixed_changes(self._config, config), config
+        self._following = plane.loop.create_task(follow_routes(plane, config, self._store))
+        return stay
 
     async def stop(self, grace_s: float = DRAIN_S) -> None:
         """Stop listening, let what is in flight end (for ``grace_s`` seconds), close the record log."""
@@ -124,12 +146,51 @@ def _cannot_listen(address: Address, error: OSError) -> AddressError:
     )
 
 
-def upstreams_of(config: Config) -> dict[str, Upstream]:
-    """Every endpoint of the config with its secret. Raises InputError for a missing one."""
-    return {
-        name: Upstream(name, endpoint, resolve_secret(endpoint.api_key, config.path(".")))
-        for name, endpoint in config.endpoints.items()
-    }
+def upstreams_of(config: Config, known: Mapping[str, Upstream] | None = None) -> dict[str, Upstream]:
+    """Every endpoint of the config with its secret; one of the ``known`` where nothing about it has changed.
+
+    Raises InputError for a missing secret and for an endpoint that cannot be spoken to.
+    """
+    check_supported(config)
+    upstreams: dict[str, Upstream] = {}
+    for name, endpoint in config.endpoints.items():
+        secret = resolve_secret(endpoint.api_key, config.path("."))
+        upstream = (known or {}).get(name)
+        if upstream is None or upstream.made_of != (endpoint, secret):
+            upstream = Upstream(name, endpoint, secret)
+        upstream.breaker.settings(config.gateway.break_after, config.gateway.rest_s)
+        upstreams[name] = upstream
+    return upstreams
+
+
+def recorder_of(config: Config, writer: SegmentWriter, keys: KeyRing | None) -> Recorder:
+    """The recorder that a config asks for. Raises InputError for a salt that is not there."""
+    without_texts = [name for name, alias in config.aliases.items() if alias.record == "metadata"]
+    return Recorder(
+        writer,
+        config.gateway.record,
+        without_texts=without_texts,
+        redactor=redactor_of(config.redact, config.path(".")),
+        told=[keys.purses.charge] if keys else [],
+    )
+
+
+def keys_of(config: Config, store: Store) -> KeyRing:
+    """The callers' keys, with what they may spend."""
+    return KeyRing(store, Purses(store, lambda: price_of(config)))
+
+
+def fixed_changes(before: Config, after: Config) -> list[str]:
+    """Fields that differ and are read at the start alone."""
+    fields = (
+        "gateway.listen",
+        "gateway.processes",
+        "store.url",
+        "store.segments",
+        "store.on_full",
+        "dashboard",
+    )
+    return [field for field in fields if attrgetter(field)(before) != attrgetter(field)(after)]
 
 
 async def start(config: Config, *, sock: socket.socket | None = None) -> RunningGateway:
@@ -138,9 +199,8 @@ async def start(config: Config, *, sock: socket.socket | None = None) -> Running
     ``sock`` is a bound socket to listen on in place of `[gateway] listen`. Raises AddressError, StoreError
     and InputError.
     """
-    check_supported(config)
     upstreams = upstreams_of(config)
-    redactor = redactor_of(config.redact, config.path("."))
+    redactor_of(config.redact, config.path("."))
     store = open_store(config.store.url, config.path("."))
     table = build_table(config, upstreams, store.routes())
     listener = sock or bind(parse_address(config.gateway.listen), shared=False)
@@ -150,20 +210,9 @@ async def start(config: Config, *, sock: socket.socket | None = None) -> Running
         on_full=config.store.on_full,
     )
     loop = asyncio.get_running_loop()
-    keys = KeyRing(store, Purses(store, lambda: price_of(config))) if config.gateway.require_key else None
-    without_texts = [name for name, alias in config.aliases.items() if alias.record == "metadata"]
-    recorder = Recorder(
-        writer,
-        config.gateway.record,
-        without_texts=without_texts,
-        redactor=redactor,
-        told=[keys.purses.charge] if keys else [],
-    )
-    for upstream in upstreams.values():
-        upstream.breaker = Breaker(config.gateway.break_after, config.gateway.rest_s)
-    plane = Plane(config.gateway, table, recorder, keys, loop)
+    keys = keys_of(config, store) if config.gateway.require_key else None
+    plane = Plane(config.gateway, table, recorder_of(config, writer, keys), keys, loop)
     server = await loop.create_server(lambda: Inbound(plane), sock=listener, backlog=BACKLOG)
     plane.start()
-    following = loop.create_task(follow_routes(plane, config, store))
     host, port = listener.getsockname()[:2]
-    return RunningGateway(plane, server, Address(host, port), store, following)
+    return RunningGateway(plane, server, Address(host, port), store, config)

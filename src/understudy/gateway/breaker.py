@@ -15,6 +15,10 @@ class Breaker:
         self._failures = 0
         self._rests_until = 0.0
 
+    def settings(self, break_after: int, rest_s: float) -> None:
+        """Go by other settings; what was learnt stays."""
+        self._break_after, self._rest_s = break_after, rest_s
+
     def admits(self, now: float) -> bool:
         """Whether to ask it. After a rest only one caller is told yes; its call decides how it goes on."""
         if not self._broken:

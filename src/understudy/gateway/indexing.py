@@ -61,6 +61,12 @@ class IndexerProcess:
         self._process = self._spawn()
         self._watch.start()
 
+    def reload(self, config: Config) -> None:
+        """Go on by another config: the child ends after its batch and another takes over."""
+        self._config = config
+        if self._process is not None:
+            self._process.terminate()
+
     def stop(self) -> None:
         """Let the child index what is left, then wait for it; nothing to do when it was never started."""
         if self._process is None:
@@ -85,7 +91,8 @@ class IndexerProcess:
     def _keep_running(self) -> None:
         while not self._stopping.wait(RESTART_S):
             if self._process is not None and not self._process.is_alive():
-                _log.warning("the indexer ended with code %s; starting it again", self._process.exitcode)
+                if self._process.exitcode:
+                    _log.warning("the indexer ended with code %s; starting it again", self._process.exitcode)
                 self._process = self._spawn()
 
 

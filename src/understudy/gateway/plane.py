@@ -69,14 +69,22 @@ class Plane:
         self.exchanges: set[InFlight] = set()
         self.clients: set[Client] = set()
         self.draining = False
-        limits = (settings.first_byte_timeout_s, settings.idle_timeout_s, settings.total_timeout_s)
-        self._interval_s = max(0.01, min(SWEEP_S, min(limits) / 4))
         self._timer: asyncio.TimerHandle | None = None
         self._next_slow_sweep = 0.0
 
     def start(self) -> None:
         """Begin sweeping."""
         self._timer = self.loop.call_later(self._interval_s, self._sweep)
+
+    def take(self, settings: Gateway, table: Table, recorder: Recorder, keys: KeyRing | None) -> None:
+        """Go on with what another config says; every exchange looks here, so those in flight follow."""
+        self.settings, self.table, self.recorder, self.keys = settings, table, recorder, keys
+
+    @property
+    def _interval_s(self) -> float:
+        settings = self.settings
+        limits = (settings.first_byte_timeout_s, settings.idle_timeout_s, settings.total_timeout_s)
+        return max(0.01, min(SWEEP_S, min(limits) / 4))
 
     def close(self) -> None:
         """Stop sweeping and close every connection."""

@@ -45,6 +45,8 @@ class Upstream:
     def __init__(self, name: str, endpoint: Endpoint, secret: str) -> None:
         url = urlsplit(endpoint.base_url)
         self.name = name
+        self.made_of = (endpoint, secret)
+        """What it was made of: an equal one need not be made again."""
         self.host = url.hostname or ""
         self.secure = url.scheme == "https"
         self.port = url.port or (443 if self.secure else 80)
@@ -57,6 +59,7 @@ class Upstream:
         self.opened = 0
         self._tls = ssl.create_default_context() if self.secure else None
         self._idle: list[Connection] = []
+        self._retired = False
 
     def take(self) -> Connection | None:
         """An idle connection, the most recently used first; None when there is none."""
@@ -85,7 +88,10 @@ class Upstream:
 
     def release(self, connection: Connection) -> None:
         """Take back a connection whose answer is complete."""
-        self._idle.append(connection)
+        if self._retired:
+            connection.abort()
+        else:
+            self._idle.append(connection)
 
     def sweep(self, now: float) -> None:
         """Close what has been idle for too long (``now``: loop time)."""
@@ -93,7 +99,8 @@ class Upstream:
             self._idle.pop(0).abort()
 
     def close(self) -> None:
-        """Close every idle connection."""
+        """Close every idle connection, and those in use when their answers are complete."""
+        self._retired = True
         while self._idle:
             self._idle.pop().abort()
 
