@@ -309,7 +309,8 @@ def test_a_plan_with_wrong_indices_is_refused(change, message, make, text):
     model = make()
     good = LayerPlan(layer=0, channels=list(range(16)), heads=[0, 1, 3, 4], kv_heads=[0, 1])
     plan = msgspec.structs.replace(
-        plan_for(model, ffn=16, heads=4), layers=[msgspec.structs.replace(good, **change), good]
+        plan_for(model, ffn=16, heads=4),
+        layers=[msgspec.structs.replace(good, **change), msgspec.structs.replace(good, layer=1)],
     )
     with pytest.raises(ModelError, match=message):
         prune(model, plan, text)

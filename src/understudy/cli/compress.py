@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from understudy.compress.corpus import Chat, Document
+    from understudy.compress.importance import Score
     from understudy.compress.progress import Progress
     from understudy.config import Config, Own
 
 F = TypeVar("F", bound=Callable[..., Any])
+SCORES = ("output", "magnitude", "wanda-sp", "minitron", "flap", "taylor")
 OUT = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 
@@ -44,6 +46,11 @@ def _text_options(command: F) -> F:
 @click.option("--ffn", default=0, help="FFN channels per layer.")
 @click.option("--heads", default=0, help="Query heads per layer.")
 @click.option("--kv-heads", default=0, help="KV heads per layer.")
+@click.option("--hidden", default=0, help="Width of the hidden stream.")
+@click.option("--layers", default=0, help="Decoder layers.")
+@click.option(
+    "--score", type=click.Choice(SCORES), default="output", show_default=True, help="Of FFN channels."
+)
 @click.option(
     "--plan", "plan_file", type=FILE, default=None, help="Apply this plan.json; sizes are ignored then."
 )
@@ -60,6 +67,9 @@ def prune(
     ffn: int,
     heads: int,
     kv_heads: int,
+    hidden: int,
+    layers: int,
+    score: Score,
     plan_file: Path | None,
     calibration: str,
     alias: str | None,
@@ -68,20 +78,31 @@ def prune(
     config_path: Path,
     as_json: bool,
 ) -> None:
-    """Cut heads and feed-forward channels out of TEACHER (hub id, folder, GGUF file or package:NAME/FILE).
+    """Cut channels, heads, width and layers out of TEACHER (hub id, folder, GGUF file or package:NAME/FILE).
 
     What is left is refitted on the calibration text. The plan is shown and written to OUT.plan.json first.
     """
     from understudy.compress import single
+    from understudy.compress.prune import Method
 
     sizes = single.Sizes(
-        params=params or ("" if ffn or heads or kv_heads else "0.75"),
+        params=params or ("" if ffn or heads or kv_heads or hidden or layers else "0.75"),
         ffn=ffn,
         heads=heads,
         kv_heads=kv_heads,
+        hidden=hidden,
+        layers=layers,
     )
     with _bars() as progress:
-        job = single.PruneJob(teacher, out, sizes, plan_file, _texts(calibration, alias, config_path), tokens)
+        job = single.PruneJob(
+            teacher,
+            out,
+            sizes,
+            plan_file,
+            _texts(calibration, alias, config_path),
+            tokens,
+            Method(score=score),
+        )
         plan = single.prune_only(job, lambda p: click.echo(str(p), err=True), progress, dry_run=dry_run)
     print_json(plan) if as_json else click.echo(f"plan: {plan.parameters_after:,} parameters → {out}")
 

@@ -64,6 +64,16 @@ def bias_of(linear: nn.Linear) -> nn.Parameter | None:
     return cast("nn.Parameter | None", linear.bias)
 
 
+def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a projection other weights, of whatever shape."""
+    from torch import nn
+
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=linear.weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=linear.bias.requires_grad)
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
 class Layer:
     """One decoder layer as two residual branches: h + attention(h), then h + feed_forward(h)."""
 
@@ -134,10 +144,17 @@ class Layer:
         """The end of the feed-forward branch, from what enters `down_proj`."""
         return self._after(self.family.ffn_post_norm, self.down(channels))
 
+    def norm(self, path: str) -> nn.Module:
+        return self.module.get_submodule(path)
+
     def regroup(self, heads: int, kv_heads: int) -> None:
         """Tell the attention module its new grouping; the number of heads it reads off its weights."""
         attention = cast(Any, self.module.get_submodule(self.family.attention))
         attention.num_key_value_groups = heads // kv_heads
+
+    def renumber(self, index: int) -> None:
+        """Tell the attention module its place, under which it keeps its keys and values."""
+        cast(Any, self.module.get_submodule(self.family.attention)).layer_idx = index
 
     def _after(self, norm: str, out: Tensor) -> Tensor:
         return self.module.get_submodule(norm)(out) if norm else out
@@ -177,6 +194,33 @@ def vocabulary_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     """The embedding, and the output matrix where it is another."""
     embedding, head = cast("nn.Parameter", body(model).embed_tokens.weight), head_weight(model)
     return [embedding] if head is embedding else [embedding, cast("nn.Parameter", head)]
+
+
+def narrow_embedding(model: PreTrainedModel, keep: list[int]) -> float:
+    """Keep dimensions of the embedding (and of the output matrix when tied); the factor its rows grew by, for
+    families that multiply by √width: what reads tied rows at the end must divide by it."""
+    from torch import nn
+
+    family, embedding = family_of(model), body(model).embed_tokens
+    tied = head_weight(model) is embedding.weight
+    factor = family.embedding_scale(embedding.embedding_dim) / family.embedding_scale(len(keep))
+    embedding.weight = nn.Parameter((embedding.weight[:, keep] * factor).detach().clone())
+    embedding.embedding_dim = len(keep)
+    family.rescale_embedding(embedding, len(keep))
+    if tied:
+        head = family.head(model)
+        head.weight, head.in_features = embedding.weight, len(keep)
+    return factor
+
+
+def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
+    """Drop all but these decoder layers; the configuration follows with `write_shape`."""
+    from torch import nn
+
+    decoder, layers = body(model), layers_of(model)
+    decoder.layers = nn.ModuleList([layers[index].module for index in kept])
+    for place, layer in enumerate(layers_of(model)):
+        layer.renumber(place)
 
 
 def softcap_of(model: PreTrainedModel) -> float:
@@ -239,5 +283,5 @@ def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) ->
     config.num_attention_heads = shape.heads
     config.num_key_value_heads = shape.kv_heads
     config.head_dim = shape.head_dim
-    if getattr(config, "layer_types", None):
+    if getattr(config, "layer_types", None) and len(config.layer_types) != len(kept_layers):
         config.layer_types = [config.layer_types[i] for i in kept_layers]

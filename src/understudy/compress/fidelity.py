@@ -138,6 +138,16 @@ def _compare(teacher: PreTrainedModel, student: PreTrainedModel, batch: Batch) -
     return torch.cat(rows).double() if rows else torch.zeros(0, 5, dtype=torch.float64)
 
 
+@torch.no_grad()
+def divergence(teacher: Side, student: Side) -> float:
+    """KL(teacher‖student) per row, nats."""
+    total = 0.0
+    for _at, logits in logit_blocks([teacher, student]):
+        p, q = (torch.log_softmax(side.float(), dim=-1) for side in logits)
+        total += float((p.exp() * (p - q)).sum())
+    return total / max(len(teacher.hidden), 1)
+
+
 def side_of(model: PreTrainedModel, hidden: Tensor) -> Side:
     """A model's states with its own head."""
     return Side(hidden, Head(head_weight(model).detach(), softcap_of(model)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from understudy.compress.calibrate import Gram
 
-Score = Literal["output", "magnitude", "wanda-sp", "minitron", "flap", "random"]
+Score = Literal["output", "magnitude", "wanda-sp", "minitron", "flap", "taylor", "random"]
 ENUMERATE_UP_TO = 256
 """Subsets of heads tried exhaustively; beyond, heads leave one at a time."""
 
@@ -35,13 +35,15 @@ class Heads(NamedTuple):
     kv: list[int]
 
 
-def channel_scores(score: Score, block: Gated, gram: Gram) -> Tensor:
+def channel_scores(score: Score, block: Gated, gram: Gram, taylor: Tensor | None = None) -> Tensor:
     """Importance of each FFN channel, (n,), larger is kept.
 
     ``output`` (ours) √H_jj·‖W_:j‖ with H = Σxxᵀ, the norm of the channel's own contribution.
     Sources of the others: Wanda-sp and FLAP arXiv 2312.11983, Minitron arXiv 2407.14679 §2.2, magnitude:
-    the L2 norm of all of a channel's weights.
+    the L2 norm of all of a channel's weights, ``taylor`` as `taylor.channel_sensitivity` measured it.
     """
+    if score == "taylor" and taylor is not None:
+        return taylor
     norm = block.down.norm(dim=0)
     mean = gram.first / max(gram.tokens, 1)
     power = gram.second.diagonal() / max(gram.tokens, 1)
@@ -90,6 +92,31 @@ def reread(weight: Tensor, gram: Gram, *, ridge: float = 1e-2, pull: float = 0.5
     strength = _strength(second, ridge)
     turn = _solve(second, gram.lag.double(), strength)
     return (weight.double() + pull * weight.double() @ turn.T).to(weight.dtype)
+
+
+def refit_reader(weight: Tensor, gram: Gram, keep: list[int], *, ridge: float = 1e-2) -> Tensor:
+    """A reading weight for a narrower stream: W Bᵀ with B = (VᵀV + λI)⁻¹(VᵀU + λE_S), (out, |keep|).
+
+    ``gram``: of the narrow stream's v, its lag summed against the wide stream's u; B predicts u from v, with
+    a ridge toward E_S, which reads the kept dimensions as they are. float64 inside.
+    """
+    inner = gram.second.double()
+    strength = _strength(inner, ridge)
+    wanted = gram.lag.double()
+    wanted[torch.arange(len(keep)), torch.tensor(keep)] += strength
+    return (weight.double() @ _solve(inner, wanted, strength).T).to(weight.dtype)
+
+
+def refit_gain(gain: Tensor, power: Tensor, product: Tensor, *, ridge: float = 1e-2) -> Tensor:
+    """Per dimension the g that brings g·y closest to t: (Σyt + λcg₀)/(Σy² + λ), λ = ridge·mean Σy².
+
+    ``power`` Σy², ``product`` Σyt, ``gain`` g₀, each (n,). The ridge is toward c·g₀, c the one factor for all
+    dimensions that fits best: the rms over fewer dimensions is another by about one factor.
+    """
+    least = torch.finfo(power.dtype).tiny
+    factor = (product * gain).sum() / (power * gain.square()).sum().clamp(min=least)
+    strength = ridge * power.mean().clamp(min=least)
+    return (product + strength * factor * gain) / (power + strength)
 
 
 def _strength(inner: Tensor, ridge: float) -> Tensor:

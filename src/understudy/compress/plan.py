@@ -42,6 +42,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """How the shape was chosen."""
     layers: list[LayerPlan] = []
     """Empty until pruning has chosen, layer by layer on the pruned prefix."""
+    width: list[int] = []
+    """Kept dimensions of the hidden stream; empty until chosen."""
 
     @property
     def removed(self) -> float:
@@ -94,6 +96,7 @@ def decide(
     ffn: int = 0,
     heads: int = 0,
     kv_heads: int = 0,
+    hidden: int = 0,
     layers: int = 0,
 ) -> Plan:
     """The shape for what was asked: sizes named outright are taken (0: the teacher's), and unless ``ffn`` is
@@ -106,6 +109,7 @@ def decide(
         teacher,
         heads=heads or teacher.heads * (kv_heads or teacher.kv_heads) // teacher.kv_heads,
         kv_heads=kv_heads or teacher.kv_heads,
+        hidden=hidden or teacher.hidden,
         layers=layers or teacher.layers,
         ffn=ffn or teacher.ffn,
     )
@@ -159,6 +163,7 @@ def check(teacher: Shape, student: Shape, extras: Extras) -> None:
         ("ffn", student.ffn, teacher.ffn),
         ("kv_heads", student.kv_heads, teacher.kv_heads),
         ("heads", student.heads, teacher.heads),
+        ("hidden", student.hidden, teacher.hidden),
         ("layers", student.layers, teacher.layers),
     ):
         if not 1 <= size <= most:
@@ -178,21 +183,34 @@ def check(teacher: Shape, student: Shape, extras: Extras) -> None:
 
 def check_layers(plan: Plan) -> None:
     """Raises ModelError when a plan's indices do not belong to its shapes."""
-    if len(plan.layers) != plan.student.layers:
-        raise ModelError(f"the plan has {len(plan.layers)} layers", expected=f"{plan.student.layers}")
+    order = [kept.layer for kept in plan.layers]
+    inside = all(0 <= index < plan.teacher.layers for index in order)
+    if len(order) != plan.student.layers or order != sorted(set(order)) or not inside:
+        raise ModelError(
+            f"the plan keeps layers {order}",
+            expected=f"{plan.student.layers} different ones below {plan.teacher.layers}, ascending",
+        )
+    if plan.width and not _are_indices(plan.width, plan.student.hidden, plan.teacher.hidden):
+        raise ModelError(
+            f"the plan keeps {len(plan.width)} dimensions of the width",
+            expected=f"{plan.student.hidden} different indices below {plan.teacher.hidden}",
+        )
     for kept in plan.layers:
         for name, indices, count, most in (
             ("channels", kept.channels, plan.student.ffn, plan.teacher.ffn),
             ("heads", kept.heads, plan.student.heads, plan.teacher.heads),
             ("KV heads", kept.kv_heads, plan.student.kv_heads, plan.teacher.kv_heads),
         ):
-            inside = all(0 <= i < most for i in indices)
-            if len(set(indices)) != count or len(indices) != count or not inside:
+            if not _are_indices(indices, count, most):
                 raise ModelError(
                     f"layer {kept.layer} of the plan keeps {len(indices)} {name}",
                     expected=f"{count} different indices below {most}",
                 )
         _check_groups(plan, kept)
+
+
+def _are_indices(indices: list[int], count: int, most: int) -> bool:
+    return len(set(indices)) == len(indices) == count and all(0 <= i < most for i in indices)
 
 
 def _check_groups(plan: Plan, kept: LayerPlan) -> None:

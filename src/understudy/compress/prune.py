@@ -27,7 +27,17 @@ from understudy.compress.calibrate import (
     observe,
 )
 from understudy.compress.corpus import Batch
-from understudy.compress.decoder import Layer, bias_of, extras_of, layers_of, shape_of, write_shape
+from understudy.compress.decoder import (
+    Layer,
+    bias_of,
+    extras_of,
+    keep_layers,
+    layers_of,
+    set_linear,
+    shape_of,
+    write_shape,
+)
+from understudy.compress.depth import choose_layers
 from understudy.compress.importance import (
     Gated,
     Heads,
@@ -42,6 +52,8 @@ from understudy.compress.importance import (
 from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.progress import Progress, silent
+from understudy.compress.taylor import channel_sensitivity
+from understudy.compress.width import Refit, choose_width, narrow
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
@@ -73,20 +85,44 @@ def prune(
 ) -> Plan:
     """Prune ``model`` in place and return the plan with the indices kept.
 
-    Indices already in the plan are applied; otherwise they are chosen on the pruned prefix. Raises ModelError
-    for a plan made for another shape and for calibration without a token.
+    Indices already in the plan are applied; otherwise layers are chosen on the untouched model, channels and
+    heads on the pruned prefix, and the width last. Raises ModelError for a plan made for another shape and
+    for calibration without a token.
     """
     _check(model, plan, batches)
-    layers = layers_of(model)
-    kept_layers = [p.layer for p in plan.layers] or list(range(plan.student.layers))
     with matmul_precision(method.precision):
-        sweep = _Sweep(plan, method, enter(model, batches))
-        done: list[LayerPlan] = []
-        for index, layer in enumerate(layers):
-            done.append(sweep.layer(index, layer))
-            progress("prune", index + 1, len(layers), f"layer {index + 1} of {len(layers)}")
-    write_shape(model, plan.student, kept_layers)
-    return msgspec.structs.replace(plan, layers=done)
+        kept = [p.layer for p in plan.layers] or choose_layers(model, batches, plan.student.layers, progress)
+        done = _sweep(model, plan, kept, batches, method, progress)
+        keep_layers(model, kept)
+        width = plan.width or list(range(plan.teacher.hidden))
+        between = msgspec.structs.replace(plan.student, hidden=plan.teacher.hidden)
+        write_shape(model, between, kept)
+        if plan.student.hidden < plan.teacher.hidden:
+            width = plan.width or choose_width(model, batches, plan.student.hidden)
+            narrow(model, width, batches, Refit(method.refit, method.ridge, method.pull), progress)
+            write_shape(model, plan.student, kept)
+    return msgspec.structs.replace(plan, layers=done, width=width)
+
+
+def _sweep(
+    model: PreTrainedModel,
+    plan: Plan,
+    kept: list[int],
+    batches: Sequence[Batch],
+    method: Method,
+    progress: Progress,
+) -> list[LayerPlan]:
+    """Heads and channels of every layer that stays."""
+    taylor = channel_sensitivity(model, batches) if method.score == "taylor" else []
+    layers, sweep, done = layers_of(model), _Sweep(plan, method, enter(model, batches)), list[LayerPlan]()
+    for index, layer in enumerate(layers):
+        if index in kept:
+            given = plan.layers[len(done)] if plan.layers else None
+            done.append(sweep.layer(index, layer, given, taylor[index] if taylor else None))
+        else:
+            sweep.skip(index, layer)
+        progress("prune", index + 1, len(layers), f"layer {index + 1} of {len(layers)}")
+    return done
 
 
 def _check(model: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
@@ -106,24 +142,34 @@ class _Sweep:
     def __init__(self, plan: Plan, method: Method, stream: Stream) -> None:
         self.plan, self.method, self.stream = plan, method, stream
         self.teacher = stream.copy() if method.pull else None
+        self.drifted = False
 
-    def layer(self, index: int, layer: Layer) -> LayerPlan:
-        given = self.plan.layers[index] if self.plan.layers else None
+    def skip(self, index: int, layer: Layer) -> None:
+        """A layer the student does without."""
+        self.drifted = True
+        for attention in (True, False):
+            self._advance_teacher(index, layer, attention=attention)
+
+    def layer(self, index: int, layer: Layer, given: LayerPlan | None, taylor: Tensor | None) -> LayerPlan:
         follows = self.teacher is not None and not layer.writes_through_norm
         original = Layer(copy.deepcopy(layer.module), layer.family) if follows else None
         heads = self._attention(index, layer, original, given)
-        channels = self._feed_forward(index, layer, original, given)
+        channels = self._feed_forward(index, layer, original, given, taylor)
         return LayerPlan(layer=index, channels=channels, heads=heads.query, kv_heads=heads.kv)
 
     def _attention(self, index: int, layer: Layer, original: Layer | None, given: LayerPlan | None) -> Heads:
         before, after = self.plan.teacher, self.plan.student
+        whole = Heads(list(range(before.heads)), list(range(before.kv_heads)))
         self._reread(layer.read_attention, (layer.q, layer.k, layer.v), original)
         ahead = self._advance_teacher(index, original, attention=True)
-        if (after.heads, after.kv_heads) == (before.heads, before.kv_heads):
+        untouched = (after.heads, after.kv_heads) == (before.heads, before.kv_heads)
+        if untouched and not (self.drifted and ahead):
             self.stream.advance(attention_of(layer), index)
-            return Heads(list(range(before.heads)), list(range(before.kv_heads)))
+            return whole
         gram = observe(layer.o, self.stream, attention_of(layer), index, ahead)
-        heads = Heads(given.heads, given.kv_heads) if given else self._choose(layer, gram)
+        heads = (
+            whole if untouched else Heads(given.heads, given.kv_heads) if given else self._choose(layer, gram)
+        )
         columns = head_columns(heads.query, before.head_dim)
         cut_heads(layer, heads, before.head_dim, self._refit(layer.o, gram, columns))
         self._go_on(gram, columns, layer.write_attention, attention_of(layer), index)
@@ -142,16 +188,22 @@ class _Sweep:
         )
 
     def _feed_forward(
-        self, index: int, layer: Layer, original: Layer | None, given: LayerPlan | None
+        self,
+        index: int,
+        layer: Layer,
+        original: Layer | None,
+        given: LayerPlan | None,
+        taylor: Tensor | None,
     ) -> list[int]:
         self._reread(layer.read_feed_forward, (layer.gate, layer.up), original)
         ahead = self._advance_teacher(index, original, attention=False)
-        if self.plan.student.ffn == self.plan.teacher.ffn:
+        untouched = self.plan.student.ffn == self.plan.teacher.ffn
+        if untouched and not (self.drifted and ahead):
             self.stream.advance(feed_forward_of(layer), index)
             return list(range(self.plan.teacher.ffn))
         gram = observe(layer.down, self.stream, feed_forward_of(layer), index, ahead)
         block = Gated(layer.gate.weight, layer.up.weight, layer.down.weight)
-        scores = channel_scores(self.method.score, block, gram)
+        scores = channel_scores(self.method.score, block, gram, taylor)
         channels = given.channels if given else top(scores, self.plan.student.ffn)
         cut_channels(layer, channels, self._refit(layer.down, gram, channels))
         self._go_on(gram, channels, layer.write_feed_forward, feed_forward_of(layer), index)
@@ -182,7 +234,7 @@ class _Sweep:
         if gram.lag.any():
             for reader in readers:
                 turned = reread(reader.weight, gram, ridge=self.method.ridge, pull=self.method.reread)
-                _set(reader, turned, bias_of(reader))
+                set_linear(reader, turned, bias_of(reader))
 
     def _refit(self, writer: nn.Linear, gram: Gram, columns: list[int]) -> Tensor:
         if not self.method.refit:
@@ -194,7 +246,7 @@ def cut_channels(layer: Layer, keep: list[int], down: Tensor) -> None:
     """Keep FFN channels ``keep``; ``down`` (width, |keep|) is their writing weight."""
     for reader in (layer.gate, layer.up):
         _keep_rows(reader, keep)
-    _set(layer.down, down, bias_of(layer.down))
+    set_linear(layer.down, down, bias_of(layer.down))
 
 
 def cut_heads(layer: Layer, heads: Heads, head_dim: int, out: Tensor) -> None:
@@ -202,17 +254,10 @@ def cut_heads(layer: Layer, heads: Heads, head_dim: int, out: Tensor) -> None:
     query, kv = head_columns(heads.query, head_dim), head_columns(heads.kv, head_dim)
     for reader, rows in ((layer.q, query), (layer.k, kv), (layer.v, kv)):
         _keep_rows(reader, rows)
-    _set(layer.o, out, bias_of(layer.o))
+    set_linear(layer.o, out, bias_of(layer.o))
     layer.regroup(len(heads.query), len(heads.kv))
 
 
 def _keep_rows(reader: nn.Linear, rows: list[int]) -> None:
     bias = bias_of(reader)
-    _set(reader, reader.weight[rows], None if bias is None else bias[rows])
-
-
-def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=linear.weight.requires_grad)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=linear.bias.requires_grad)
-    linear.out_features, linear.in_features = linear.weight.shape
+    set_linear(reader, reader.weight[rows], None if bias is None else bias[rows])

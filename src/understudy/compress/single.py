@@ -51,6 +51,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     ffn: int = 0
     heads: int = 0
     kv_heads: int = 0
+    hidden: int = 0
+    layers: int = 0
 
 
 class PruneJob(NamedTuple):
@@ -101,6 +103,8 @@ def decided(shape: Shape, loaded: checkpoint.Loaded, sizes: Sizes) -> Plan:
         ffn=sizes.ffn,
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
+        hidden=sizes.hidden,
+        layers=sizes.layers,
     )
 
 

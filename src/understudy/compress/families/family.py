@@ -2,8 +2,9 @@
 
 An adapter is one file beside this one with a `Family`. One for a new architecture needs the `model_type`, the
 norms around both residual branches, whether norm gains are stored as an offset from one, and whether the
-embedding is scaled by the width; a module that keeps its parts elsewhere names their paths, and an
-architecture that prepares a layer otherwise overrides a method. It ignores how anything is scored or cut.
+embedding is scaled by the width (`embedding_scale`); a module that keeps its parts elsewhere names their
+paths, and an architecture that prepares a layer otherwise overrides a method. It ignores how anything is
+scored or cut.
 """
 
 from __future__ import annotations
@@ -42,8 +43,6 @@ class Family:
     ffn_post_norm: str = ""
     gain_offset: float = 0.0
     """The norm multiplies by `gain_offset + weight`."""
-    scaled_embedding: bool = False
-    """The embedding is multiplied by √width, so a narrower model needs its scale put right."""
     heads_divide_width: bool = False
     """transformers refuses a configuration whose width is no multiple of its query heads."""
 
@@ -64,6 +63,13 @@ class Family:
     def head(self, model: PreTrainedModel) -> nn.Linear:
         """The output projection."""
         return cast("nn.Linear", cast(Any, model).lm_head)
+
+    def embedding_scale(self, width: int) -> float:
+        """What the embedding is multiplied by in a model of this width."""
+        return 1.0
+
+    def rescale_embedding(self, embedding: Any, width: int) -> None:
+        """Give a loaded embedding the scale that a model of this width will be loaded with."""
 
     def refuse(self, model: PreTrainedModel) -> None:
         """Raise ModelError for a variant of the architecture that cannot be pruned here."""

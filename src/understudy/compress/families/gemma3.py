@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from understudy.compress.families.family import Family
 
-GEMMA3 = Family(
+
+class Gemma(Family):
+    """Its embedding is multiplied by √width."""
+
+    def embedding_scale(self, width: int) -> float:
+        return width**0.5
+
+    def rescale_embedding(self, embedding: Any, width: int) -> None:
+        embedding.scalar_embed_scale = width**0.5
+        embedding.embed_scale.fill_(width**0.5)
+
+
+GEMMA3 = Gemma(
     name="Gemma 3 text",
     model_type="gemma3_text",
     attention_post_norm="post_attention_layernorm",
     ffn_norm="pre_feedforward_layernorm",
     ffn_post_norm="post_feedforward_layernorm",
     gain_offset=1.0,
-    scaled_embedding=True,
     heads_divide_width=True,
 )
