@@ -106,6 +106,21 @@ class Redact(Section, frozen=True, kw_only=True):
     """env:NAME or file:PATH of the secret that keeps hashes from being tried out."""
 
 
+class Telemetry(Section, frozen=True, kw_only=True):
+    """`[telemetry]`: what the gateway tells others while it runs; /metrics is always there."""
+
+    log: Literal["text", "json"] = "text"
+    """text: lines for people; json: one object a line. Both go to standard error."""
+    log_calls: bool = False
+    """One line for each call: numbers and names, never texts."""
+    otlp_url: str = ""
+    """Base URL of an OpenTelemetry collector (OTLP over HTTP), e.g. http://localhost:4318. Empty: none."""
+    otlp_headers: dict[str, str] = {}
+    """NAME = env:NAME or file:PATH: headers that the collector asks for."""
+    service_name: str = "understudy"
+    """service.name of the spans."""
+
+
 class Catalog(Section, frozen=True, kw_only=True):
     """`[catalog]`: facts about models."""
 
@@ -227,6 +242,7 @@ class Config(Section, frozen=True, kw_only=True):
     endpoints: dict[str, Endpoint] = {}
     aliases: dict[str, Alias] = {}
     redact: Redact = Redact()
+    telemetry: Telemetry = Telemetry()
     catalog: Catalog = Catalog()
     serve: Serve = Serve()
     own: Own = Own()
@@ -373,6 +389,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "gateway": Gateway,
     "store": Store,
     "redact": Redact,
+    "telemetry": Telemetry,
     "catalog": Catalog,
     "serve": Serve,
     "own": Own,
@@ -427,6 +444,7 @@ def _closest(name: str, known: list[str]) -> str:
 def _check_references(config: Config, faults: _Faults) -> None:
     dashboard = config.dashboard or Dashboard()
     _check_secret("dashboard.admin_key", dashboard.admin_key, faults)
+    _check_telemetry(config.telemetry, faults)
     for name, endpoint in config.endpoints.items():
         _check_secret(f"endpoints.{name}.api_key", endpoint.api_key, faults)
         if not endpoint.base_url.startswith(("http://", "https://")):
@@ -448,6 +466,13 @@ def _check_references(config: Config, faults: _Faults) -> None:
     for where, keep in (("store.keep_days", config.store.keep_days), ("store.keep_gb", config.store.keep_gb)):
         if not 0.0 <= keep < float("inf"):
             faults.add(where, f"{keep}: expected a number from 0 on")
+
+
+def _check_telemetry(telemetry: Telemetry, faults: _Faults) -> None:
+    if telemetry.otlp_url and not telemetry.otlp_url.startswith(("http://", "https://")):
+        faults.add("telemetry.otlp_url", f"{telemetry.otlp_url!r}: expected http://… or https://…")
+    for name, value in telemetry.otlp_headers.items():
+        _check_secret(f"telemetry.otlp_headers.{name}", value, faults)
 
 
 def _check_weights(config: Config, name: str, alias: Alias, faults: _Faults) -> None:

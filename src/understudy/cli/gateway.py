@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -31,7 +30,6 @@ def up(config_path: Path, listen: str | None, as_json: bool) -> None:
     """
     read = partial(_load, config_path, listen)
     config = read()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     from understudy.gateway import processes
 
     with _dashboard(config, config_path) as pages:

@@ -30,6 +30,7 @@ _ORDER: tuple[tuple[str, type[config.Section]], ...] = (
     ("endpoints.openai", config.Endpoint),
     ("aliases.assistant", config.Alias),
     ("redact", config.Redact),
+    ("telemetry", config.Telemetry),
     ("catalog", config.Catalog),
     ("serve", config.Serve),
     ("own", config.Own),

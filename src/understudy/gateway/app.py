@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -21,9 +21,11 @@ from understudy.gateway.inbound import Inbound
 from understudy.gateway.indexing import price_of
 from understudy.gateway.keys import KeyRing
 from understudy.gateway.limits import Purses
+from understudy.gateway.logs import log_call
 from understudy.gateway.plane import Plane
-from understudy.gateway.recorder import Recorder
+from understudy.gateway.recorder import Listener, Recorder
 from understudy.gateway.routing import build_table, check_supported
+from understudy.gateway.spans import SpanExporter, exporter_of
 from understudy.gateway.upstream import Upstream
 from understudy.traffic.redact import redactor_of
 from understudy.traffic.segments import SegmentWriter
@@ -67,15 +69,19 @@ class RunningGateway:
         before = plane.table.upstreams
         upstreams = upstreams_of(config, before)
         keys = plane.keys or keys_of(config, self._store) if config.gateway.require_key else None
-        recorder = recorder_of(config, plane.recorder.writer, keys)
         table = build_table(config, upstreams, await asyncio.to_thread(self._store.routes))
+        redactor_of(config.redact, config.path("."))
+        spans, old_spans = exporter_of(config), plane.spans
+        recorder = recorder_of(config, plane.recorder.writer, listeners_of(config, keys, spans))
         self._following.cancel()
-        plane.take(config.gateway, table, recorder, keys)
+        plane.take(config.gateway, table, recorder, keys, spans)
         for name, upstream in before.items():
             if upstreams.get(name) is not upstream:
                 upstream.close()
         stay, self._config = fixed_changes(self._config, config), config
         self._following = plane.loop.create_task(follow_routes(plane, config, self._store))
+        if old_spans is not None:
+            await asyncio.to_thread(old_spans.close)
         return stay
 
     async def stop(self, grace_s: float = DRAIN_S) -> None:
@@ -91,6 +97,8 @@ class RunningGateway:
         if self.plane.keys is not None:
             with contextlib.suppress(StoreError):  # what is not given back counts as spent
                 await self.plane.keys.purses.close()
+        if self.plane.spans is not None:
+            await asyncio.to_thread(self.plane.spans.close)
         await asyncio.to_thread(self._store.close)
 
 
@@ -163,7 +171,7 @@ def upstreams_of(config: Config, known: Mapping[str, Upstream] | None = None) ->
     return upstreams
 
 
-def recorder_of(config: Config, writer: SegmentWriter, keys: KeyRing | None) -> Recorder:
+def recorder_of(config: Config, writer: SegmentWriter, listeners: Sequence[Listener]) -> Recorder:
     """The recorder that a config asks for. Raises InputError for a salt that is not there."""
     without_texts = [name for name, alias in config.aliases.items() if alias.record == "metadata"]
     return Recorder(
@@ -171,8 +179,20 @@ def recorder_of(config: Config, writer: SegmentWriter, keys: KeyRing | None) -> 
         config.gateway.record,
         without_texts=without_texts,
         redactor=redactor_of(config.redact, config.path(".")),
-        told=[keys.purses.charge] if keys else [],
+        told=listeners,
     )
+
+
+def listeners_of(config: Config, keys: KeyRing | None, spans: SpanExporter | None) -> list[Listener]:
+    """Who is told of each finished call, beside the record log."""
+    told: list[Listener] = []
+    if keys is not None:
+        told.append(lambda call, _: keys.purses.charge(call))
+    if spans is not None:
+        told.append(lambda call, done: spans.tell(call, done.traceparent))
+    if config.telemetry.log_calls:
+        told.append(lambda call, _: log_call(call))
+    return told
 
 
 def keys_of(config: Config, store: Store) -> KeyRing:
@@ -201,6 +221,7 @@ async def start(config: Config, *, sock: socket.socket | None = None) -> Running
     """
     upstreams = upstreams_of(config)
     redactor_of(config.redact, config.path("."))
+    spans = exporter_of(config)
     store = open_store(config.store.url, config.path("."))
     table = build_table(config, upstreams, store.routes())
     listener = sock or bind(parse_address(config.gateway.listen), shared=False)
@@ -211,7 +232,9 @@ async def start(config: Config, *, sock: socket.socket | None = None) -> Running
     )
     loop = asyncio.get_running_loop()
     keys = keys_of(config, store) if config.gateway.require_key else None
-    plane = Plane(config.gateway, table, recorder_of(config, writer, keys), keys, loop)
+    recorder = recorder_of(config, writer, listeners_of(config, keys, spans))
+    plane = Plane(config.gateway, table, recorder, keys, loop)
+    plane.spans = spans
     server = await loop.create_server(lambda: Inbound(plane), sock=listener, backlog=BACKLOG)
     plane.start()
     host, port = listener.getsockname()[:2]

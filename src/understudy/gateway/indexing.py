@@ -20,6 +20,7 @@ from understudy.catalog.facts import load_catalog
 from understudy.catalog.prices import pricer
 from understudy.config import Config
 from understudy.errors import StoreError
+from understudy.gateway import logs
 from understudy.traffic.indexer import Indexer
 from understudy.traffic.retention import Retention
 from understudy.traffic.store import Price, open_store
@@ -98,6 +99,7 @@ class IndexerProcess:
 
 def index_until_told(config: Config) -> None:
     """Index until SIGTERM, or until the gateway is gone; what is left is indexed before the end."""
+    logs.set_up(config.telemetry)
     stop = threading.Event()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the gateway tells us
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())

@@ -29,6 +29,8 @@ class Metrics:
         self.refused_by_limit: defaultdict[str, int] = defaultdict(int)
         """limit of a key -> calls refused because it was used up."""
         self.unpriced = 0
+        self.spans: tuple[int, int] = (0, 0)
+        """Sent, dropped; filled in when somebody looks."""
         self.connections_opened = 0
         self.connections_reused = 0
         self.bytes_relayed = 0
@@ -45,6 +47,8 @@ class Metrics:
         limits = (((("limit", name),), count) for name, count in self.refused_by_limit.items())
         page.add("refused_by_limit_total", "counter", "Calls refused by a limit of their key.", limits)
         page.one("unpriced_calls_under_a_money_limit_total", "counter", self.unpriced)
+        page.one("spans_sent_total", "counter", self.spans[0])
+        page.one("spans_dropped_total", "counter", self.spans[1])
         page.one("upstream_connections_opened_total", "counter", self.connections_opened)
         page.one("upstream_connections_reused_total", "counter", self.connections_reused)
         page.one("relayed_bytes_total", "counter", self.bytes_relayed)

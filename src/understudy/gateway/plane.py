@@ -16,6 +16,7 @@ from understudy.gateway.metrics import Metrics
 from understudy.gateway.recorder import Recorder
 from understudy.gateway.refusal import Refusal
 from understudy.gateway.routing import Table
+from understudy.gateway.spans import SpanExporter
 
 SWEEP_S = 0.1
 """How often deadlines of exchanges are looked at, at least."""
@@ -64,6 +65,8 @@ class Plane:
         self.recorder = recorder
         self.keys = keys
         """None where no key is required."""
+        self.spans: SpanExporter | None = None
+        """None where no collector is told."""
         self.loop = loop
         self.metrics = Metrics()
         self.exchanges: set[InFlight] = set()
@@ -76,9 +79,17 @@ class Plane:
         """Begin sweeping."""
         self._timer = self.loop.call_later(self._interval_s, self._sweep)
 
-    def take(self, settings: Gateway, table: Table, recorder: Recorder, keys: KeyRing | None) -> None:
+    def take(
+        self,
+        settings: Gateway,
+        table: Table,
+        recorder: Recorder,
+        keys: KeyRing | None,
+        spans: SpanExporter | None,
+    ) -> None:
         """Go on with what another config says; every exchange looks here, so those in flight follow."""
         self.settings, self.table, self.recorder, self.keys = settings, table, recorder, keys
+        self.spans = spans
 
     @property
     def _interval_s(self) -> float:
@@ -119,6 +130,7 @@ class Plane:
         now = self.loop.time()
         self.metrics.resting = {name: u.breaker.rests(now) for name, u in self.table.upstreams.items()}
         self.metrics.unpriced = self.keys.purses.unpriced if self.keys else 0
+        self.metrics.spans = (self.spans.sent, self.spans.dropped) if self.spans else (0, 0)
         self.metrics.connections_opened = sum(u.opened for u in self.table.upstreams.values())
         return self.metrics.text(len(self.exchanges), len(self.clients), self.recorder.writer)
 

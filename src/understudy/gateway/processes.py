@@ -24,6 +24,7 @@ import uvloop
 
 from understudy.config import Config
 from understudy.errors import UnderstudyError
+from understudy.gateway import logs
 from understudy.gateway.app import Address, RunningGateway, bind, parse_address, start, upstreams_of, url_of
 from understudy.gateway.indexing import IndexerProcess, check_prices
 from understudy.traffic.redact import redactor_of
@@ -44,6 +45,7 @@ def up(read: Reader, *, ready: Callable[[str], None] | None = None) -> None:
     AddressError, StoreError and InputError before anything listens.
     """
     config = _checked(read())
+    logs.set_up(config.telemetry)
     address = parse_address(config.gateway.listen)
     open_store(config.store.url, config.path(".")).close()
     indexer = IndexerProcess(config)
@@ -97,6 +99,7 @@ class _Reload(NamedTuple):
         except UnderstudyError as error:
             _log.error("the config stays as it was: %s", error)
             return
+        logs.set_up(config.telemetry)
         _log.info("the config was read again")
         for field in stay:
             _log.warning("%s has changed and is only read at the start: restart to have it", field)
@@ -188,6 +191,7 @@ class _Workers:
             _log.error("the config stays as it was: %s", error)
             return
         self._config = self._with_port(config)
+        logs.set_up(config.telemetry)
         self._reload_indexer(config)
         for worker in self._workers:
             if worker.is_alive() and worker.pid is not None:
@@ -222,6 +226,7 @@ def _await_ready(pipe: Pipe) -> None:
 
 def work(config: Config, read: Reader, pipe: Pipe) -> None:
     """One of several processes; says on ``pipe`` that it is ready (an empty string) or why it is not."""
+    logs.set_up(config.telemetry)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to reload
     parent = multiprocessing.parent_process()
     listener = bind(parse_address(config.gateway.listen), shared=True)

@@ -39,6 +39,11 @@ class Finished(NamedTuple):
     tags: dict[str, str]
     caller: str
     """Id of the caller's key; empty where none is required."""
+    traceparent: str = ""
+    """W3C trace context of the caller."""
+
+
+Listener = Callable[[Call, Finished], None]
 
 
 class Recorder:
@@ -55,7 +60,7 @@ class Recorder:
         *,
         without_texts: Collection[str] = (),
         redactor: Redactor | None = None,
-        told: Sequence[Callable[[Call], None]] = (),
+        told: Sequence[Listener] = (),
     ) -> None:
         self.writer = writer
         self.strict = mode == "strict"
@@ -76,7 +81,7 @@ class Recorder:
             call = cast(Call, self._redactor.record(call))
         kept = self.writer.append(call)
         for tell in self._told:
-            tell(call)
+            tell(call, done)
         return kept
 
     def keep_feedback(self, feedback: Feedback) -> bool:

@@ -438,6 +438,7 @@ class Exchange:
                 task_id=self._task.decode("latin-1"),
                 tags=request.tags(),
                 caller=self._caller,
+                traceparent=request.header(b"traceparent").decode("latin-1"),
             )
         )
 
