@@ -81,6 +81,19 @@ class IndexerProcess:
             _log.warning("the indexer did not finish within %g s; it goes on at the next start", STOP_S)
             process.kill()
             process.join()
+        self._index_rest()
+
+    def _index_rest(self) -> None:
+        """Index what a child left that died, or that ended for another config, before we told it to."""
+        config, told = self._config, threading.Event()
+        told.set()
+        try:
+            with open_store(config.store.url, config.path(".")) as store:
+                left = Indexer(config.path(config.store.segments), store).lag_bytes
+            if left:
+                index(config, told)
+        except StoreError as error:
+            _log.warning("the last records enter the store at the next start: %s", error)
 
     def _spawn(self) -> SpawnProcess:
         process = multiprocessing.get_context("spawn").Process(
