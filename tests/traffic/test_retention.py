@@ -13,6 +13,7 @@ import pytest
 
 from understudy.config import Store as Settings
 from understudy.traffic import segments as log
+from understudy.traffic.allowances import KINDS
 from understudy.traffic.database import SqliteDatabase
 from understudy.traffic.indexer import Indexer
 from understudy.traffic.migrations import HISTORY, migrate
@@ -183,6 +184,14 @@ def test_what_calls_share_stays_until_the_last_of_them(store: Store, make_call: 
     assert store.counts() == EMPTY
 
 
+UNDONE = (
+    "DROP TABLE allowances",
+    *(f"ALTER TABLE keys DROP COLUMN {kind}" for kind in KINDS),
+    "ALTER TABLE calls DROP COLUMN plain",
+)
+"""The steps that came after retention, taken back."""
+
+
 def test_a_text_named_by_calls_of_an_older_store_is_never_deleted(
     tmp_path: Path, make_call: MakeCall
 ) -> None:
@@ -193,7 +202,7 @@ def test_a_text_named_by_calls_of_an_older_store_is_never_deleted(
         first = make_call(request=body("one", **tools))
         store.insert([first], "s", 1)
         # as the version before left it: nobody noted who names whom
-        for sql in ("DROP TABLE lifts", "DROP TABLE released", "DROP INDEX blobs_by_parent"):
+        for sql in (*UNDONE, "DROP TABLE lifts", "DROP TABLE released", "DROP INDEX blobs_by_parent"):
             store._database.execute(sql)
         store._database.execute("DELETE FROM schema_history WHERE version > ?", (before,))
     old = SqliteDatabase(path)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from understudy.errors import StoreError
 from understudy.protocol import Cost, Usage
+from understudy.traffic import texts
 from understudy.traffic.database import SqliteDatabase
 from understudy.traffic.migrations import HISTORY, migrate, schema_version
-from understudy.traffic.record import Call, Feedback, new_key
+from understudy.traffic.record import Attempt, Call, Feedback, new_key
 from understudy.traffic.store import Store, open_store
 
 MakeCall = Callable[..., Call]
@@ -226,7 +233,7 @@ def test_keys_are_shown_once_and_end(store: Store) -> None:
     assert store.lookup_key("") is None
     kept = store._database.query("SELECT * FROM keys")
     assert made.secret not in str(kept)
-    assert made.secret.rpartition("-")[2] not in str(kept)
+    assert made.secret.split("-", 2)[2] not in str(kept)
     assert store.revoke_key(made.key.id)
     assert not store.revoke_key(made.key.id)
     assert store.lookup_key(made.secret) is None
@@ -290,5 +297,97 @@ def test_a_full_disk_is_said_and_nothing_is_half_there(tmp_path: Path, make_call
         pages = store._database.query("PRAGMA page_count")[0][0]
         store._database.execute(f"PRAGMA max_page_count = {pages + 2}")
         with pytest.raises(StoreError, match="full"):
-            store.insert([make_call(prompt=new_key() * 2000) for _ in range(20)], "s", 2)
+            store.insert([make_call(prompt="".join(new_key() for _ in range(4000)))], "s", 2)
         assert (store.counts().calls, store.reached("s")) == (1, 1)
+
+
+def said(text: str) -> bytes:
+    return json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}).encode()
+
+
+def streamed(*pieces: str, more: str = "") -> bytes:
+    chunks = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
+    return b"".join(b"data: %b\n\n" % json.dumps(c).encode() for c in chunks) + more.encode()
+
+
+TOLD = "The tides follow the moon, and the moon follows nobody in particular. " * 4
+
+
+@pytest.mark.parametrize("answer", [said(TOLD), streamed(*TOLD.split(" "), more="data: [DONE]\n\n")])
+@pytest.mark.parametrize("batches", [1, 2], ids=["in one batch", "in two"])
+def test_an_answer_that_comes_back_is_not_stored_twice(
+    store: Store, make_call: MakeCall, answer: bytes, batches: int
+) -> None:
+    asked = [{"role": "user", "content": "What of the tides?"}]
+    heard = TOLD if answer.startswith(b"{") else TOLD.replace(" ", "")
+    follow = [*asked, {"role": "assistant", "content": heard}, {"role": "user", "content": "And the sun?"}]
+    first, second = (
+        make_call(request=json.dumps({"messages": messages}).encode(), response=answer)
+        for messages in (asked, follow)
+    )
+    for number, records in enumerate([[first, second]] if batches == 1 else [[first], [second]]):
+        store.insert(records, f"s{number}", 1)
+    codecs = [bytes(row[0])[:1] for row in store._database.query("SELECT data FROM blobs")]
+    assert codecs.count(b"3") == 1  # compressed against the answer
+    for call in (first, second):
+        kept = store.call(call.key)
+        assert kept is not None
+        assert (kept.call.request, kept.call.response) == (call.request, call.response)
+    # the answer is needed as long as the turn that repeats it, and not longer
+    assert store.forget(second.at) == 1
+    store.sweep()
+    kept = store.call(second.key)
+    assert kept is not None
+    assert kept.call.request == second.request
+    assert store.forget(second.at + 1) == 1
+    store.sweep()
+    assert store.counts().blobs == 0
+
+
+PIECES = st.lists(st.text(alphabet='ab"\\ é\n{}:,\0\x01', max_size=6), max_size=8)
+
+
+@given(PIECES, st.sampled_from(["", "data: [DONE]\n\n", "\n\n\n\n", ": ping\n\n", 'data: {"content": "']))
+@settings(max_examples=200, deadline=None)
+def test_a_folded_stream_unfolds_byte_for_byte(pieces: list[str], more: str) -> None:
+    for raw in (streamed(*pieces, more=more), streamed(*pieces).replace(b"\n\n", b"\r\n\r\n"), more.encode()):
+        stored = texts.pack_answer(raw)
+        assert texts.unpack(stored) == raw
+        again = more.encode() + raw
+        assert (
+            texts.unpack(texts.pack_after(again, 7, texts.spoken_in(stored)), texts.spoken_in(stored))
+            == again
+        )
+
+
+def test_what_was_packed_by_an_older_version_is_read() -> None:
+    deflate = zlib.compressobj(3, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY, texts._DICTIONARY_1)
+    packed = b"1" + deflate.compress(said(TOLD)) + deflate.flush()
+    assert texts.unpack(packed) == texts.spoken_in(packed) == said(TOLD)
+    # an edited dictionary would make every store unreadable
+    digests = [hashlib.sha256(d).hexdigest()[:16] for d in (texts._DICTIONARY_1, texts._DICTIONARY_2)]
+    assert digests == ["87792bd147a6b96c", "f06389643ed9799d"]
+
+
+def test_an_attempt_that_went_as_the_call_did_needs_no_row(store: Store, make_call: MakeCall) -> None:
+    def attempt(**fields: Any) -> Attempt:
+        values = {"target": "openai/gpt-4.1", "status": 200, "billed": "yes", "started": 0.0, "ended": 1.0}
+        return Attempt(**{**values, **fields})
+
+    odd = (
+        [],
+        [attempt(error="record cut")],
+        [attempt(billed="unknown")],
+        [attempt(started=0.01)],
+        [attempt(target="openai/other")],
+        [attempt(status=0, billed="no", error="cannot connect"), attempt()],
+    )
+    plain = make_call(at=0.0, total_s=1.0, attempts=[attempt(started=0.0004, ended=1.0004)])
+    calls = [make_call(at=0.0, total_s=1.0, attempts=attempts) for attempts in odd]
+    store.insert([plain, *calls], "s", 1)
+    assert store._database.query("SELECT COUNT(*) FROM attempts")[0][0] == 6
+    assert store.counts().attempts == 7
+    for call, attempts in zip([plain, *calls], ([attempt()], *odd), strict=True):
+        kept = store.call(call.key)
+        assert kept is not None
+        assert kept.call.attempts == attempts

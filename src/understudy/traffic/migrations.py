@@ -275,6 +275,14 @@ M015_ADD_LIMITS = Migration(
     ),
 )
 
+M016_ADD_PLAIN = Migration(
+    "m016_add_plain",
+    (
+        # 1: one attempt, of which the call's own row says everything; it has no row in attempts
+        "ALTER TABLE calls ADD COLUMN plain INTEGER NOT NULL DEFAULT 0",
+    ),
+)
+
 HISTORY = (
     M001_CREATE_CALLS,
     M002_CREATE_BLOBS,
@@ -291,6 +299,7 @@ HISTORY = (
     M013_FIND_FAILURES_BY_STATUS,
     M014_ADD_RETENTION,
     M015_ADD_LIMITS,
+    M016_ADD_PLAIN,
 )
 
 

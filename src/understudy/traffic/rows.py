@@ -35,7 +35,7 @@ USAGE_COLUMNS = (
 CALL_COLUMNS = (
     f"key, at, alias, target, answered_by, route, status, stream, usage_estimated, ttft_s, total_s, "
     f"finish_reason, task_id, tags, caller, cost_usd, price_date, price_source, {USAGE_COLUMNS}, "
-    f"prompt_hash, modalities, features, max_tokens, frame, messages, response"
+    f"prompt_hash, modalities, features, max_tokens, frame, messages, response, plain"
 )
 ATTEMPT_COLUMNS = "call, number, target, status, billed, started, ended, error"
 FEEDBACK_COLUMNS = "key, call, at, metric, value, expected, comment"
@@ -112,11 +112,33 @@ def call_row(call: Call, cost: Cost | None, shape: Shape, place: Place) -> tuple
         ",".join(sorted(shape.features)),
         _bounded(shape.max_tokens),
         *place,
+        int(_is_plain(call)),
+    )
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether the one attempt can be told from the call, its times to the millisecond: most can."""
+    if len(call.attempts) != 1:
+        return False
+    told, plain = call.attempts[0], _plain_attempt(call)
+    near = abs(told.started - plain.started) < 1e-3 and abs(told.ended - plain.ended) < 1e-3
+    return near and msgspec.structs.replace(told, started=plain.started, ended=plain.ended) == plain
+
+
+def _plain_attempt(call: Call) -> Attempt:
+    return Attempt(
+        target=call.target,
+        status=call.status,
+        billed="yes" if call.status < 400 else "no",
+        started=call.at,
+        ended=call.at + call.total_s,
     )
 
 
 def attempt_rows(call: Call) -> list[tuple[Any, ...]]:
-    """Values in the order of `ATTEMPT_COLUMNS`."""
+    """Values in the order of `ATTEMPT_COLUMNS`; none for an attempt that the call's row tells."""
+    if _is_plain(call):
+        return []
     return [
         (call.key, n, _text(a.target), a.status, a.billed, a.started, a.ended, _text(a.error))
         for n, a in enumerate(call.attempts)
@@ -152,6 +174,8 @@ def stored_call(row: Sequence[Any], attempts: list[Attempt], bodies: Bodies) -> 
         request=bodies.request,
         response=bodies.response,
     )
+    if row[32]:
+        call = msgspec.structs.replace(call, attempts=[_plain_attempt(call)])
     cost = None if row[15] is None else Cost(row[15], row[16], row[17])
     return StoredCall(call, cost, _shape(row[25:29]))
 

@@ -4,8 +4,9 @@ A request body is cut into a *frame* (the body with holes) and its messages. Mes
 holds what follows its parent, and its digest covers the whole conversation up to there. A request whose first
 messages are known adds only the rest, so the n-th turn of a conversation costs one turn and a shared system
 prompt costs nothing. Base64 data and long top-level values (tools, schemas) are lifted out of frame and
-messages and kept under their own digest. Nothing is decoded and encoded again: a body comes back byte for
-byte. It ignores tables (store).
+messages and kept under their own digest. A streamed answer is folded: its distinct events, with holes, and
+the text that was in them. An answer mostly comes back as the next turn's message; that message is compressed
+against it. Nothing is decoded and encoded again: a body comes back byte for byte. It ignores tables (store).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
 import msgspec
@@ -27,7 +29,14 @@ NODE_BYTES = 128
 LIFT_BYTES = 512
 """Shortest top-level value that is kept apart from its frame."""
 
+_BETWEEN = b"\n\n"
+"""Between two events."""
 _BASE64 = re.compile(rb"[A-Za-z0-9+/=_\\-]{1024,}")
+_ASSISTANT = re.compile(rb'"role"\s*:\s*"assistant"')
+_SAID = re.compile(
+    rb'"(?:content|text|delta|arguments|partial_json|thinking|reasoning_content)":\s?"'
+    rb'((?:[^"\\\x00-\x1f]|\\.)++)"'
+)
 _DIGEST = re.compile(rb"\x01([0-9a-f]{32})\x01")
 
 
@@ -102,15 +111,30 @@ def _prefixes(messages: Sequence[bytes]) -> list[bytes]:
 
 
 def new_nodes(pieces: Cut, known: int) -> list[Node]:
-    """Chain nodes for all messages after the first ``known``."""
+    """Chain nodes for all messages after the first ``known``.
+
+    Within a conversation that goes on, an answer has no node of its own: nobody branches off behind it, where
+    examples in a prompt do.
+    """
     nodes: list[Node] = []
     start = known
     for index in range(known, len(pieces.messages)):
-        last = index == len(pieces.messages) - 1
-        if last or len(pieces.messages[index]) >= NODE_BYTES:
+        message, last = pieces.messages[index], index == len(pieces.messages) - 1
+        if last or (len(message) >= NODE_BYTES and not (known and is_answer(message))):
             nodes.append(Node(pieces.prefixes[index], HOLE.join(pieces.messages[start : index + 1])))
             start = index + 1
     return nodes
+
+
+def is_answer(message: bytes) -> bool:
+    """Whether a message of a request is the assistant's."""
+    return _ASSISTANT.search(message) is not None
+
+
+def repeats(message: bytes, spoken: bytes) -> bool:
+    """Whether a message repeats an answer, judged by a few bytes from its middle."""
+    middle = len(message) // 2
+    return message[middle : middle + 12] in spoken
 
 
 def join(frame: bytes, nodes: Sequence[bytes], lifted: Callable[[bytes], bytes]) -> bytes:
@@ -151,16 +175,128 @@ def lifted_in(data: bytes) -> list[bytes]:
     return [bytes.fromhex(digest.decode()) for digest in _DIGEST.findall(data)] if LIFTED in data else []
 
 
+# The same of a later date: OpenAI's answers come indented, and a stream's events have more fields.
+_DICTIONARY_2 = _DICTIONARY_1 + (
+    b'{\n  "id": "chatcmpl-C",\n  "object": "chat.completion",\n  "created": 179,\n'
+    b'  "model": "gpt-4.1-2025-04-14",\n  "choices": [\n    {\n      "index": 0,\n'
+    b'      "message": {\n        "role": "assistant",\n        "content": "",\n'
+    b'        "refusal": null,\n        "annotations": []\n      },\n      "logprobs": null,\n'
+    b'      "finish_reason": "stop"\n    }\n  ],\n  "usage": {\n    "prompt_tokens": 1,\n'
+    b'    "completion_tokens": 1,\n    "total_tokens": 1,\n    "prompt_tokens_details": {\n'
+    b'      "cached_tokens": 0,\n      "audio_tokens": 0\n    },\n'
+    b'    "completion_tokens_details": {\n      "reasoning_tokens": 0,\n      "audio_tokens": 0,\n'
+    b'      "accepted_prediction_tokens": 0,\n      "rejected_prediction_tokens": 0\n    }\n  },\n'
+    b'  "service_tier": "default",\n  "system_fingerprint": "fp_"\n}\n'
+    b'data: {"id":"chatcmpl-C","object":"chat.completion.chunk","created":179,"model":"gpt-4.1-2025-04-14",'
+    b'"service_tier":"default","system_fingerprint":"fp_","choices":[{"index":0,"delta":{"role":"assistant",'
+    b'"content":"","refusal":null},"logprobs":null,"finish_reason":null}]}\n\n'
+    b'data: {"id":"chatcmpl-C","object":"chat.completion.chunk","created":179,"model":"gpt-4.1-2025-04-14",'
+    b'"choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":null}]}\n\n'
+    b'"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
+    b'"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":1}}\n\ndata: [DONE]\n\n'
+)
+_WINDOW = 32 << 10
+"""How far back deflate finds what is repeated."""
+_ID_BYTES = 6
+
+
 def pack(data: bytes) -> bytes:
-    """Data as stored: one byte naming the codec (``r`` raw, ``1`` deflate with our first dictionary)."""
-    deflate = zlib.compressobj(3, zlib.DEFLATED, -15, 8, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY_1)
-    packed = deflate.compress(data) + deflate.flush()
-    return b"1" + packed if len(packed) < len(data) else b"r" + data
+    """Data as stored, behind one byte that names the codec.
+
+    ``r`` raw; ``1``, ``2`` deflate with our first or second dictionary; ``3`` a message after an answer;
+    ``4`` a folded answer.
+    """
+    packed = _deflate(data, _DICTIONARY_2)
+    return b"2" + packed if len(packed) < len(data) else b"r" + data
 
 
-def unpack(stored: bytes) -> bytes:
-    """The inverse of `pack`."""
-    if stored[:1] == b"r":
+def pack_answer(answer: bytes) -> bytes:
+    """`pack` for an answer: a stream is folded first."""
+    folded = _fold(answer)
+    return pack(answer) if folded is None else b"4" + _deflate(folded, _DICTIONARY_2)
+
+
+def pack_after(data: bytes, answer: int, spoken: bytes) -> bytes:
+    """`pack` for messages of which the first repeats what the answer in the blob ``answer`` said."""
+    return b"3" + answer.to_bytes(_ID_BYTES) + _deflate(data, (_DICTIONARY_2 + spoken)[-_WINDOW:])
+
+
+def named_answer(stored: bytes) -> int:
+    """The blob of the answer that stored data came after; 0 for none."""
+    return int.from_bytes(stored[1 : 1 + _ID_BYTES]) if stored[:1] == b"3" else 0
+
+
+def unpack(stored: bytes, spoken: bytes = b"") -> bytes:
+    """The inverse of `pack`, `pack_answer` and, given what was spoken, `pack_after`."""
+    codec = stored[:1]
+    if codec == b"r":
         return stored[1:]
-    inflate = zlib.decompressobj(-15, _DICTIONARY_1)
-    return inflate.decompress(stored[1:]) + inflate.flush()
+    if codec == b"3":
+        return _inflate(stored[1 + _ID_BYTES :], (_DICTIONARY_2 + spoken)[-_WINDOW:])
+    data = _inflate(stored[1:], _DICTIONARY_1 if codec == b"1" else _DICTIONARY_2)
+    return _unfold(data) if codec == b"4" else data
+
+
+def spoken_in(stored: bytes) -> bytes:
+    """The text within a stored answer; with what surrounds it, where it was not folded."""
+    if stored[:1] != b"4":
+        return unpack(stored)
+    return _decode_folded(_inflate(stored[1:], _DICTIONARY_2)).text
+
+
+class _Folded(msgspec.Struct, array_like=True):
+    """A stream: what stands before, between and behind the pieces of its text, and the text in one piece."""
+
+    before: bytes
+    between: bytes
+    behind: bytes
+    lengths: list[int]
+    text: bytes
+
+
+_encode_folded = msgspec.msgpack.Encoder().encode
+_decode_folded = msgspec.msgpack.Decoder(_Folded).decode
+
+
+def _fold(answer: bytes) -> bytes | None:
+    """A stream folded; None for what is none, or has no events that differ in nothing but what they say."""
+    if not answer.startswith((b"data:", b"event:")):
+        return None
+    said = list(
+        islice(_SAID.finditer(answer), 3)
+    )  # the first one or two may stand in events of their own kind
+    if not said:
+        return None
+    head, tail = _around(answer, said[-1])
+    between = tail + _BETWEEN + head
+    first, *pieces = answer.split(between)
+    if not pieces:
+        return None
+    begin = first.rfind(head) + len(head) if head in first else len(first)
+    end = max(0, pieces[-1].find(tail))
+    before, behind = first[:begin], pieces[-1][end:]
+    pieces = [first[begin:], *pieces[:-1], pieces[-1][:end]]
+    lengths = [len(piece) for piece in pieces]
+    return _encode_folded(_Folded(before, between, behind, lengths, b"".join(pieces)))
+
+
+def _around(answer: bytes, said: re.Match[bytes]) -> tuple[bytes, bytes]:
+    """What stands before and behind a piece of text in its event."""
+    begin, end = answer.rfind(_BETWEEN, 0, said.start()), answer.find(_BETWEEN, said.end())
+    return answer[max(0, begin + len(_BETWEEN)) : said.start(1)], answer[said.end(1) : end]
+
+
+def _unfold(folded: bytes) -> bytes:
+    stream = _decode_folded(folded)
+    ends = pairwise(accumulate(stream.lengths, initial=0))
+    return stream.before + stream.between.join([stream.text[a:b] for a, b in ends]) + stream.behind
+
+
+def _deflate(data: bytes, dictionary: bytes) -> bytes:
+    deflate = zlib.compressobj(6, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, dictionary)
+    return deflate.compress(data) + deflate.flush()
+
+
+def _inflate(packed: bytes, dictionary: bytes) -> bytes:
+    inflate = zlib.decompressobj(-15, dictionary)
+    return inflate.decompress(packed) + inflate.flush()

@@ -1,0 +1,219 @@
+"""What recording costs after the answer: indexing speed, bytes stored for each byte of new text, kill -9.
+
+Texts are drawn from a vocabulary whose words fall off as in any language (Zipf), so that they compress about
+as prose does; how far is printed, because a store of well compressible texts is easily small. New text is
+what nobody had said before: the user's new message and the answer, without JSON, headers or ids.
+
+`--kills N` sets how often `understudy up` is killed with SIGKILL at a random moment under load in each mode.
+In strict mode the bench fails when an acknowledged call is missing, doubled or damaged; in buffered mode it
+counts what was lost. It ignores what the gateway costs before the answer (gateway.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from understudy.protocol import Usage
+from understudy.traffic.indexer import Indexer
+from understudy.traffic.record import Attempt, Call, new_key
+from understudy.traffic.segments import SegmentWriter
+from understudy.traffic.store import open_store
+
+SYSTEM = "You are a careful assistant of a shop for garden tools. Answer in one paragraph. " * 8
+TURNS = 10
+ASKED, ANSWERED = 80, 120
+"""Words of a message and of an answer."""
+STREAMED = 29
+
+
+class Words:
+    """Prose-like text from a seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        letters, weights = (
+            "etaoinshrdlucmfwypvbgk",
+            [12, 9, 8, 8, 7, 7, 6, 6, 6, 4, 4, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1, 1],
+        )
+        lengths = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+        self.vocabulary = [
+            "".join(self.random.choices(letters, weights, k=self.random.choice(lengths)))
+            for _ in range(20_000)
+        ]
+        self.cumulative = list(accumulate(1 / (rank + 3) for rank in range(len(self.vocabulary))))
+
+    def text(self, words: int) -> str:
+        chosen = self.random.choices(self.vocabulary, cum_weights=self.cumulative, k=words)
+        return " ".join(chosen).capitalize() + "."
+
+
+class Made(NamedTuple):
+    """A recorded call and the text in it that is new."""
+
+    call: Call
+    new_text: str
+
+
+def completion(words: Words, text: str) -> bytes:
+    """An answer as OpenAI writes it, with an id that nobody can compress."""
+    message = {"role": "assistant", "content": text, "refusal": None, "annotations": []}
+    body = {
+        "id": f"chatcmpl-{_noise(words)}",
+        "object": "chat.completion",
+        "created": 1_790_000_000 + words.random.randrange(10**6),
+        "model": "gpt-4.1-2025-04-14",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 300, "completion_tokens": 160, "total_tokens": 460},
+        "service_tier": "default",
+        "system_fingerprint": "fp_799e4ca3f1",
+    }
+    return json.dumps(body, indent=2).encode()
+
+
+def stream(words: Words, text: str) -> bytes:
+    """The same answer as server-sent events, a word in each."""
+    base: dict[str, Any] = {"id": f"chatcmpl-{_noise(words)}", "object": "chat.completion.chunk"}
+    base |= {"created": 1_790_000_000 + words.random.randrange(10**6), "model": "gpt-4.1-2025-04-14"}
+    pieces = [word if place == 0 else f" {word}" for place, word in enumerate(text.split(" "))]
+    deltas: list[dict[str, Any]] = [
+        {"role": "assistant", "content": ""},
+        *({"content": p} for p in pieces),
+        {},
+    ]
+    chunks = [
+        {
+            **base,
+            "choices": [{"index": 0, "delta": d, "logprobs": None, "finish_reason": None if d else "stop"}],
+        }
+        for d in deltas
+    ]
+    chunks.append({**base, "choices": [], "usage": {"prompt_tokens": 99, "completion_tokens": len(pieces)}})
+    events = [f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n" for chunk in chunks]
+    return "".join([*events, "data: [DONE]\n\n"]).encode()
+
+
+def _noise(words: Words) -> str:
+    return "".join(
+        words.random.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", k=29)
+    )
+
+
+def call_of(at: float, messages: list[dict[str, str]], answer: bytes, *, streamed: bool = False) -> Call:
+    request: dict[str, Any] = {"model": "assistant", "messages": messages, "temperature": 0.2}
+    if streamed:
+        request |= {"stream": True, "stream_options": {"include_usage": True}}
+    target = "openai/gpt-4.1"
+    return Call(
+        key=new_key(),
+        at=at,
+        route="chat.completions",
+        alias="assistant",
+        target=target,
+        status=200,
+        stream=streamed,
+        request=json.dumps(request, ensure_ascii=False, separators=(",", ":")).encode(),
+        response=answer,
+        attempts=[Attempt(target=target, status=200, billed="yes", started=at + 1e-4, ended=at + 1.3)],
+        answered_by="gpt-4.1-2025-04-14",
+        usage=Usage(prompt_tokens=300, completion_tokens=160),
+        ttft_s=0.4123 if streamed else 1.2999,
+        total_s=1.3001,
+        finish_reason="stop",
+    )
+
+
+def singles(words: Words, count: int) -> Iterator[Made]:
+    for number in range(count):
+        asked, said = words.text(ASKED), words.text(ANSWERED)
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+        yield Made(call_of(1.79e9 + number, messages, completion(words, said)), asked + said)
+
+
+def chats(words: Words, count: int) -> Iterator[Made]:
+    """Conversations of ten turns; each answer comes back as the next turn's message."""
+    for number in range(count // TURNS):
+        messages = [{"role": "system", "content": SYSTEM}]
+        for turn in range(TURNS):
+            asked, said = words.text(ASKED), words.text(ANSWERED)
+            messages = [*messages, {"role": "user", "content": asked}]
+            yield Made(call_of(1.79e9 + number * 99 + turn, messages, completion(words, said)), asked + said)
+            messages = [*messages, {"role": "assistant", "content": said}]
+
+
+def streams(words: Words, count: int) -> Iterator[Made]:
+    for number in range(count):
+        asked, said = words.text(ASKED // 2), words.text(STREAMED)
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
+        yield Made(call_of(1.79e9 + number, messages, stream(words, said), streamed=True), asked + said)
+
+
+def streamed_chats(words: Words, count: int) -> Iterator[Made]:
+    for made in chats(words, count):
+        text = json.loads(made.call.response)["choices"][0]["message"]["content"]
+        at, messages = made.call.at, json.loads(made.call.request)["messages"]
+        yield Made(call_of(at, messages, stream(words, text), streamed=True), made.new_text)
+
+
+KINDS: dict[str, Callable[[Words, int], Iterator[Made]]] = {
+    "single turns": singles,
+    "chats of ten turns": chats,
+    "short streams (31 events)": streams,
+    "chats of ten turns, streamed": streamed_chats,
+}
+
+
+def stored(folder: Path, make: Callable[[Words, int], Iterator[Made]], count: int) -> str:
+    """One row: calls indexed in a second of CPU, bytes stored per byte of new text."""
+    folder.mkdir()
+    made = list(make(Words(7), count))
+    writer = SegmentWriter(folder / "segments", strict=False, on_full="refuse")
+    for one in made:
+        writer.append(one.call)
+    writer.close()
+    begun = time.process_time()
+    with open_store("sqlite:///understudy.db", folder) as store:
+        Indexer(folder / "segments", store).run_once()
+        spent = time.process_time() - begun
+        for sample in random.Random(1).sample(made, min(200, len(made))):
+            kept = store.call(sample.call.key)
+            assert kept is not None
+            assert (kept.call.request, kept.call.response) == (sample.call.request, sample.call.response)
+    size = (folder / "understudy.db").stat().st_size
+    text = sum(len(one.new_text.encode()) for one in made)
+    alone = sum(len(zlib.compress(one.new_text.encode(), 6)) for one in made)
+    return f"{len(made) / spent:,.0f} | {text / len(made):,.0f} | {size / text:.2f} | {alone / text:.2f}"
+
+
+def storage_table(folder: Path, count: int) -> list[str]:
+    rows = [
+        "| calls | indexed per CPU-second | bytes of new text | stored per byte of it | deflated alone |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for number, (name, make) in enumerate(KINDS.items()):
+        print(f"storage: {name} …", file=sys.stderr, flush=True)
+        rows.append(f"| {count:,} {name} | {stored(folder / f'storage{number}', make, count)} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--calls", type=int, default=10_000, help="calls of each kind")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        print("\n".join(storage_table(Path(name), options.calls)))
+
+
+if __name__ == "__main__":
+    main()
