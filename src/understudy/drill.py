@@ -20,7 +20,7 @@ import msgspec
 
 from understudy import __version__
 from understudy import config as configuration
-from understudy.catalog.facts import Catalog, load_catalog
+from understudy.catalog.facts import Catalog, catalog_of
 from understudy.catalog.plan import Plan, make_plan
 from understudy.catalog.prices import rates_at
 from understudy.catalog.watch import Binding, Exposure, watch
@@ -128,8 +128,7 @@ class Drill:
 
     @cached_property
     def catalog(self) -> Catalog:
-        overlay = self.config.catalog.overlay
-        return load_catalog(self.config.path(overlay) if overlay else None)
+        return catalog_of(self.config)
 
     def serving(self) -> AbstractContextManager[Any]:
         """`understudy serve` beside the block, if the config has models of its own to serve."""

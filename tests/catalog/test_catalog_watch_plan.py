@@ -6,21 +6,32 @@ import datetime as dt
 import math
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
 
 from understudy.catalog.facts import Catalog, ModelFacts, load_catalog
-from understudy.catalog.plan import Latency, Plan, TokenRatio, make_plan
+from understudy.catalog.plan import Latency, Plan, Reason, TokenRatio, make_plan
 from understudy.catalog.prices import charge, rates_at
+from understudy.catalog.purpose import purpose_of
 from understudy.catalog.tokens import Counted, token_ratio
 from understudy.catalog.watch import Binding, bindings_of, severity, watch
 from understudy.catalog.workload import Workload
+from understudy.config import parse
 from understudy.errors import InputError
 from understudy.protocol import CallShape, Usage
 
 NOW = dt.datetime(2026, 6, 1, 12, tzinfo=dt.UTC).timestamp()
 DAY = 86_400.0
+
+
+class Led(NamedTuple):
+    """A route as far as bindings look at it."""
+
+    model: str
+    fallback: tuple[str, ...]
+
 
 OVERLAY = """
 models:
@@ -30,6 +41,7 @@ models:
           prices: {input: 1.0, output: 3.0}}
   w/cheap: {context_window: 10400, output_limit: 1300, inputs: [text, image], features: [tools, json_schema],
             prices: {input: 0.1, output: 0.3}}
+  w/dear: {context_window: 9000, inputs: [text], features: [tools], prices: {input: 1.0, output: 3.0}}
   w/small: {context_window: 1000, inputs: [text], features: [tools], prices: {input: 0.1, output: 0.3}}
   w/mute: {context_window: 8000, inputs: [text], features: [], prices: {input: 0.1, output: 0.3}}
   w/dying: {context_window: 99000, inputs: [text], features: [tools], retires: 2026-09-01,
@@ -81,12 +93,38 @@ def test_severity(days: int | None, word: str) -> None:
     assert severity(days) == word
 
 
-def test_bindings_are_found_at_every_level() -> None:
-    aliases = {"assistant": ("v/old", ["w/cheap"])}
+def test_bindings_are_found_at_every_level(tmp_path: Path) -> None:
+    config = parse(
+        """
+[endpoints.v]
+base_url = "http://127.0.0.1:1/v1"
+[endpoints.w]
+base_url = "http://127.0.0.1:2/v1"
+[aliases.assistant]
+model = "v/old"
+fallback = ["w/cheap"]
+weights = {"v/old" = 0.9, "v/new" = 0.1}
+[aliases.moved]
+model = "v/left"
+weights = {"v/forgotten" = 1.0}
+[evaluate]
+judge = "w/judge"
+[drill]
+candidates = ["w/understudy"]
+""",
+        "understudy.toml",
+        tmp_path,
+    )
+    routes = {"moved": Led("v/now", ("v/then",))}
     requested = [("assistant", "v/old"), ("gpt-4o", "openai/gpt-4o"), ("gpt-4o", "openai/gpt-4o")]
-    assert bindings_of(aliases, requested) == [
+    assert bindings_of(config, routes, requested) == [
         Binding("assistant", "v/old", "alias"),
+        Binding("assistant", "v/new", "weight"),
         Binding("assistant", "w/cheap", "fallback"),
+        Binding("moved", "v/now", "alias"),
+        Binding("moved", "v/then", "fallback"),
+        Binding("drill", "w/understudy", "candidate"),
+        Binding("evaluate", "w/judge", "judge"),
         Binding("gpt-4o", "openai/gpt-4o", "requested"),
     ]
 
@@ -131,13 +169,15 @@ def test_hard_misfits_are_excluded_with_reason_and_count(catalog: Catalog) -> No
         shape(6000, 10),
     ]
     made = make_plan(catalog, "v/old", shapes, ["v/new", "w/cheap", "w/small", "w/mute", "w/gone"], now=NOW)
-    assert [c.model for c in made.candidates] == ["w/cheap", "v/new"]
+    assert [c.model for c in made.candidates] == ["v/new", "w/cheap"]  # the named successor first
     excluded = {c.model: c for c in made.excluded}
     assert excluded["w/small"].misfits == {"context": 2}
     assert excluded["w/small"].fitting == 8
     assert excluded["w/mute"].misfits == {"tools": 3}
     assert excluded["w/gone"].share == 1.0  # it would fit, but it is gone
     assert excluded["w/gone"].days_left == -31
+    assert made.excluded[-1].model == "w/gone"
+    assert made.reasons == (Reason("context", 1, 2), Reason("retired", 1, 0), Reason("tools", 1, 3))
 
 
 def test_image_and_schema_and_output_limits_are_counted(catalog: Catalog) -> None:
@@ -169,10 +209,88 @@ def test_tolerance_keeps_a_candidate_that_breaks_few(catalog: Catalog) -> None:
 
 
 def test_ranking_prefers_living_models_then_the_cheaper_and_unpriced_last(catalog: Catalog) -> None:
-    made = make_plan(catalog, "v/old", [shape()], ["w/dying", "v/new", "w/cheap", "w/unpriced"], now=NOW)
-    assert [c.model for c in made.candidates] == ["w/cheap", "v/new", "w/unpriced", "w/dying"]
+    made = make_plan(catalog, "v/old", [shape()], ["w/dying", "w/dear", "w/cheap", "w/unpriced"], now=NOW)
+    assert [c.model for c in made.candidates] == ["w/cheap", "w/dear", "w/unpriced", "w/dying"]
     assert made.candidates[2].usd_per_month is None
     assert made.candidates[3].days_left == 92
+
+
+def test_ranking_puts_equals_before_the_uncompared_and_these_before_the_weaker(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text("""
+models:
+  v/old: {context_window: 9000, prices: {input: 9, output: 9}, scores: {MMLU: 80}, parameters: 100000000000}
+  w/equal: {context_window: 9000, prices: {input: 4, output: 4}, scores: {MMLU: 77}, parameters: 1000000000}
+  w/half: {context_window: 9000, prices: {input: 3, output: 3}, parameters: 50000000000}
+  w/unknown: {context_window: 9000, prices: {input: 2, output: 2}}
+  w/weaker: {context_window: 9000, prices: {input: 1, output: 1}, scores: {MMLU: 76.9}}
+  w/tiny: {context_window: 9000, prices: {input: 0.5, output: 0.5}, parameters: 49999999999}
+""")
+    named = ["w/tiny", "w/weaker", "w/unknown", "w/half", "w/equal"]
+    made = make_plan(load_catalog(path), "v/old", [shape()], named, now=NOW)
+    assert [(c.model, c.peer) for c in made.candidates] == [
+        ("w/half", True),
+        ("w/equal", True),
+        ("w/unknown", None),
+        ("w/tiny", False),
+        ("w/weaker", False),
+    ]
+    assert made.candidates[1].strength == "MMLU 77 against 80"
+    assert made.candidates[3].strength == "50B parameters against 100B"
+
+
+@pytest.mark.parametrize(
+    ("model", "purpose"),
+    [
+        ("groq/meta-llama/llama-prompt-guard-2-22m", "classifying"),
+        ("groq/openai/gpt-oss-safeguard-20b", "classifying"),
+        ("openai/text-moderation-latest", "classifying"),
+        ("openai/text-embedding-3-small", "embeddings"),
+        ("mistral/mistral-embed", "embeddings"),
+        ("cohere/rerank-english-v2.0", "reranking"),
+        ("openai/tts-1-hd", "speech"),
+        ("openai/gpt-4o-transcribe", "speech"),
+        ("openai/gpt-realtime-mini", "voice"),
+        ("openai/gpt-image-1.5", "images"),
+        ("openai/dall-e-3", "images"),
+        ("openai/sora-2", "video"),
+        ("openai/o3-deep-research", "research that takes minutes"),
+        ("openai/gpt-4o-mini-search-preview", "searching the web"),
+        ("openai/gpt-4.1", "chat"),
+        ("openai/gpt-5.3-codex", "chat"),
+        ("anthropic/claude-haiku-4-5", "chat"),
+        ("groq/openai/gpt-oss-120b", "chat"),
+        ("mistral/codestral-2508", "chat"),
+    ],
+)
+def test_the_words_of_an_id_tell_what_a_model_is_for(model: str, purpose: str) -> None:
+    assert purpose_of(ModelFacts(id=model)) == purpose
+
+
+def test_a_model_of_another_trade_is_excluded_however_cheap(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text("""
+models:
+  w/guard-1: {context_window: 9000, prices: {input: 0.01, output: 0.01}}
+  w/guard-2: {context_window: 9000, prices: {input: 0.01, output: 0.01}, purpose: chat}
+  w/audio: {context_window: 9000, prices: {input: 0.01, output: 0.01}, inputs: [text, audio]}
+""")
+    heard = shape(modalities=frozenset({"text", "audio"}))
+    named = ["w/guard-1", "w/guard-2", "w/audio"]
+    made = make_plan(load_catalog(path), "v/old", [shape(), heard], named, now=NOW)
+    assert [c.model for c in made.candidates] == ["w/guard-2"]
+    assert {c.model: c.misfits for c in made.excluded} == {
+        "w/guard-1": {"made for classifying": 2},
+        "w/audio": {"made for voice": 1},
+    }
+
+
+def test_every_model_not_weighed_is_counted_with_its_reason(catalog: Catalog) -> None:
+    made = make_plan(catalog, "v/old", [shape()], None, now=NOW)
+    weighed = len(made.candidates) + len(made.excluded)
+    assert sum(made.passed_over.values()) + weighed + 1 == len(catalog)  # and the incumbent itself
+    assert made.passed_over["made for embeddings"] > 5
+    assert not [c.model for c in made.candidates if purpose_of(ModelFacts(id=c.model)) != "chat"]
 
 
 def test_what_nobody_says_is_unverified_not_a_misfit(catalog: Catalog) -> None:

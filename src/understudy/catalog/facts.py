@@ -116,6 +116,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where the vendor serves it, by the vendor's own names."""
     tokens_per_minute: Fact[int] | None = None
     """Most the vendor lets you use, by your contract: from the overlay."""
+    purpose: Fact[str] | None = None
+    """chat, or what else it is made for; from the overlay, where the words of its id mislead (purpose)."""
     tokenizer: Fact[str] | None = None
     """Your own copy of its tokenizer (tokenizer.json): with it, calls are counted instead of bounded."""
     prices: Fact[tuple[ListPrice, ...]] | None = None
@@ -275,6 +277,7 @@ _FIELDS: dict[str, Any] = {
     "lacks": frozenset[str],
     "regions": frozenset[str],
     "tokens_per_minute": int,
+    "purpose": str,
     "tokenizer": str,
     "prices": tuple[ListPrice, ...],
     "hosting": Hosting,

@@ -18,6 +18,7 @@ from understudy.catalog.changes import Change, changes
 from understudy.catalog.facts import OVERLAY, RESELLERS, RULE, Catalog, ModelFacts, family_of
 from understudy.catalog.forecast import Forecast, forecast
 from understudy.catalog.prices import Rates, rates_at
+from understudy.catalog.purpose import CHAT, purpose_of, unsuited
 from understudy.catalog.tiers import Condition, tier_of
 from understudy.catalog.watch import days_until
 from understudy.catalog.workload import Group, Workload
@@ -33,11 +34,18 @@ TAKEN_FOR_GRANTED = frozenset({"stream", "system", "stop"})
 """Features every chat endpoint has."""
 SAFE_DAYS = 365
 """A candidate that retires sooner ranks behind all that do not."""
-Key = Literal["fit", "life", "verified", "cost", "risk", "score", "latency", "energy"]
+PEER_MMLU = 3.0
+"""Points of MMLU below the incumbent's that still count as its equal: what prompts and runs differ by."""
+PEER_SIZE = 0.5
+"""Share of the incumbent's parameters that counts as its equal where no score is known of both."""
+Key = Literal["fit", "life", "verified", "peer", "cost", "risk", "score", "latency", "energy"]
 KEYS: dict[Key, str] = {
     "fit": "the larger share of calls that fit",
     "life": "no retirement announced within a year",
     "verified": "fewer needs that nobody speaks of",
+    "peer": "as strong as the incumbent, as far as anybody tells (the vendor's named successor, or MMLU at "
+    f"most {PEER_MMLU:g} points lower, or where no score tells at least {PEER_SIZE:.0%} of its parameters), "
+    "then those nobody compares, then those known as weaker",
     "cost": "the lower cost of this traffic per month (unknown last)",
     "risk": "the lower forecast of retirement within a year (unknown last)",
     "score": "the higher MMLU (unknown last)",
@@ -45,7 +53,7 @@ KEYS: dict[Key, str] = {
     "energy": "the less energy (unknown last)",
 }
 """What candidates may be ranked by."""
-RANK_BY: tuple[Key, ...] = ("fit", "life", "verified", "cost")
+RANK_BY: tuple[Key, ...] = ("fit", "life", "verified", "peer", "cost")
 
 
 class Latency(msgspec.Struct, frozen=True):
@@ -97,6 +105,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     licence: str
     open_weights: bool | None
     scores: dict[str, float]
+    strength: str = ""
+    """What tells whether it is as strong as the incumbent; empty when nobody tells."""
+    peer: bool | None = None
+    """Whether it is, by that."""
     tier: str = ""
     """Class by `[catalog] tiers`."""
     tokens: str = ""
@@ -121,6 +133,16 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """What it is the best of the fitting candidates for; empty when it leads in nothing."""
 
 
+class Reason(msgspec.Struct, frozen=True):
+    """Why some candidates are excluded."""
+
+    text: str
+    models: int
+    """That it excludes, alone or among other reasons."""
+    calls: int
+    """Most that break for it on one of them."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The answer: who could take over from ``incumbent``, ranked, and who could not."""
 
@@ -137,7 +159,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     candidates: tuple[Candidate, ...]
     """Best first, by `ranking`."""
     excluded: tuple[Candidate, ...]
-    """Those that break more calls than tolerated, or are gone already; the nearest to fitting first."""
+    """Those that break more calls than tolerated, the nearest to fitting first, then those gone already."""
     tolerance: float
     """Share of calls that may break."""
     ranking: str
@@ -146,6 +168,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Day of the snapshot."""
     catalog_stale_days: int
     """0 while the snapshot is fresh."""
+    reasons: tuple[Reason, ...] = ()
+    """Why models are excluded, the reason that excludes most first."""
+    passed_over: dict[str, int] = {}
+    """Why models of the catalog were not weighed, and how many; empty when candidates were named."""
     lock_in: float = 0.0
     """Share of calls whose needs, as far as any vendor tells its features, only one vendor meets."""
     locked_by: tuple[str, ...] = ()
@@ -186,19 +212,25 @@ def make_plan(
 ) -> Plan:
     """Weigh candidates for ``incumbent`` (VENDOR/MODEL or target) on its recorded calls.
 
-    ``candidates`` None: every model with a known context window and price that is not a dated twin of
-    another, resellers left out. An ENDPOINT/MODEL nobody knows is weighed all the same, with everything
-    unverified. ``now`` is in Unix seconds. ``rank`` are keys of `KEYS`, the first deciding; ``latencies`` and
-    ``ratios`` are by model id of the catalog. Raises InputError for a bare model id that no source knows.
+    ``candidates`` None: every model of which `_passed_over` finds nothing; one that is retired, or made for
+    other work, is weighed and excluded. An ENDPOINT/MODEL nobody knows is weighed all the same, with
+    everything unverified. ``now`` is in Unix seconds. ``rank`` are keys of `KEYS`, the first deciding;
+    ``latencies`` and ``ratios`` are by model id of the catalog. Raises InputError for a bare model id that no
+    source knows.
     """
     leaving = catalog.find(incumbent) or ModelFacts(id=incumbent)
     load = Workload(shapes, now)
     scale = _Scale(catalog, leaving, load, now, tiers or {}, latencies or {}, ratios or {})
-    named = [_known(catalog, c) for c in candidates] if candidates is not None else _all(catalog, now)
+    passed: dict[str, int] = {}
+    if candidates is not None:
+        named = [_known(catalog, c) for c in candidates]
+    else:
+        named = [facts for facts in catalog if not _passed_over(catalog, facts, passed)]
     weighed = [scale.weigh(facts) for facts in named if facts.id != leaving.id]
     weighed.sort(key=lambda c: (*(_RANK[key](c) for key in rank), c.model))
     kept = [c for c in weighed if c.share >= 1 - tolerance and not _gone(c)]
     fits = {c.model for c in kept}
+    excluded = sorted((c for c in weighed if c.model not in fits), key=_gone)
     lock_in, locked_by = _lock_in(catalog, load)
     return Plan(
         made_at=now,
@@ -209,8 +241,10 @@ def make_plan(
         tokens=load.tokens,
         completed_tasks=load.completed_tasks,
         candidates=_with_best_uses(kept),
-        excluded=tuple(c for c in weighed if c.model not in fits),
+        excluded=tuple(excluded),
+        reasons=_reasons(excluded),
         tolerance=tolerance,
+        passed_over=dict(sorted(passed.items(), key=lambda item: -item[1])),
         ranking="; ".join(f"{n}. {text}" for n, text in enumerate([*(KEYS[k] for k in rank), "the name"], 1)),
         assumptions=ASSUMPTIONS,
         catalog_read=catalog.read,
@@ -236,16 +270,51 @@ def _known(catalog: Catalog, name: str) -> ModelFacts:
     return facts
 
 
-def _all(catalog: Catalog, now: float) -> list[ModelFacts]:
-    return [
-        facts
-        for facts in catalog
-        if facts.context_window
-        and (facts.prices or facts.hosting)
-        and facts.vendor not in RESELLERS
-        and (family_of(facts.id) == facts.id or family_of(facts.id) not in catalog)
-        and not (facts.retires and days_until(facts.retires.value, now) <= 0)
-    ]
+def _passed_over(catalog: Catalog, facts: ModelFacts, counts: dict[str, int]) -> bool:
+    """Whether a model is not worth weighing by itself; the reason is counted."""
+    family = family_of(facts.id)
+    if facts.vendor in RESELLERS:
+        reason = "sold by a reseller of another vendor's models"
+    elif purpose_of(facts) != CHAT and not (facts.context_window and (facts.prices or facts.hosting)):
+        reason = f"made for {purpose_of(facts)}"
+    elif facts.model.endswith("-latest"):
+        reason = "a name that moves on to other models by itself"
+    elif family != facts.id and family in catalog:
+        reason = "a dated twin of another"
+    elif not facts.context_window or not (facts.prices or facts.hosting):
+        reason = "no context window or no price known"
+    else:
+        return False
+    counts[reason] = counts.get(reason, 0) + 1
+    return True
+
+
+def _reasons(excluded: Iterable[Candidate]) -> tuple[Reason, ...]:
+    found: dict[str, Reason] = {}
+    for c in excluded:
+        for text, calls in (*c.misfits.items(), *([("retired", 0)] if _gone(c) else [])):
+            so_far = found.get(text, Reason(text, 0, 0))
+            found[text] = Reason(text, so_far.models + 1, max(so_far.calls, calls))
+    return tuple(sorted(found.values(), key=lambda r: (-r.models, r.text)))
+
+
+def _strength(facts: ModelFacts, leaving: ModelFacts) -> tuple[str, bool | None]:
+    """What tells whether a model is as strong as the one that leaves, and whether it is by that."""
+    if leaving.successor and leaving.successor.value in (facts.id, facts.model):
+        return f"named as successor by {leaving.vendor}", True
+    mine, theirs = (_mmlu(m) for m in (facts, leaving))
+    if mine is not None and theirs is not None:
+        return f"MMLU {mine:g} against {theirs:g}", mine >= theirs - PEER_MMLU
+    size, old = facts.parameters, leaving.parameters
+    if size is None or old is None:
+        return "", None
+    estimated = ", estimated" if size.estimated or old.estimated else ""
+    told = f"{size.value / 1e9:.3g}B parameters against {old.value / 1e9:.3g}B{estimated}"
+    return told, size.value >= old.value * PEER_SIZE
+
+
+def _mmlu(facts: ModelFacts) -> float | None:
+    return max((s.value for name, s in facts.scores.items() if name.startswith("MMLU")), default=None)
 
 
 class _Fit(NamedTuple):
@@ -273,6 +342,7 @@ class _Scale(NamedTuple):
         band = None if rates is None else load.usd_band(rates)
         retires = facts.retires.value if facts.retires else None
         energy = facts.energy.value if facts.energy else None
+        strength, peer = _strength(facts, self.leaving)
         return Candidate(
             model=facts.id,
             fitting=fit.fitting,
@@ -293,6 +363,8 @@ class _Scale(NamedTuple):
             licence=facts.licence.value if facts.licence else "",
             open_weights=facts.open_weights.value if facts.open_weights else None,
             scores={benchmark: score.value for benchmark, score in facts.scores.items()},
+            strength=strength,
+            peer=peer,
             tier=tier_of(facts, rates, self.tiers).tier if self.tiers else "",
             tokens=self._tokens(facts),
             usd_low=band[0] * ratio.mean if band else None,
@@ -350,7 +422,7 @@ def _fit(facts: ModelFacts, load: Workload, bound: float) -> _Fit:
 
 def _lacking(facts: ModelFacts, group: Group) -> list[str]:
     """Modalities and features that calls need and the model is known not to have."""
-    lacking: list[str] = []
+    lacking = list(unsuited(facts, group))
     if facts.inputs:
         lacking += sorted(group.modalities - facts.inputs.value)
     return lacking + sorted(group.features & _denied(facts))
@@ -413,6 +485,7 @@ _RANK: dict[Key, Callable[[Candidate], float]] = {
     "fit": lambda c: -c.share,
     "life": lambda c: float(c.days_left is not None and c.days_left < SAFE_DAYS),
     "verified": lambda c: len(c.unverified),
+    "peer": lambda c: 1.0 if c.peer is None else 2.0 * (not c.peer),
     "cost": lambda c: _known_first(c.usd_per_month),
     "risk": lambda c: _known_first(c.forecast.within(12).probability if c.forecast else None),
     "score": lambda c: -max((s for name, s in c.scores.items() if name.startswith("MMLU")), default=-1.0),

@@ -1,23 +1,25 @@
 """Which bound models are dying, when, and what hangs on them.
 
-A model id is bound wherever it is written: an alias, a fallback, a judge, a candidate of the drill, or an
-application that asks for the id itself. It ignores what could take over (plan) and how the news is sent.
+A model id is bound wherever it is written: an alias, its weights, a fallback, a judge, a candidate of the
+drill, or an application that asks for the id itself. It ignores what could take over (plan) and how the
+news is sent.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
 from understudy.catalog.facts import Catalog, Fact, ModelFacts
 from understudy.catalog.prices import rates_at
 from understudy.catalog.workload import Workload
+from understudy.config import Config
 from understudy.protocol import CallShape
 
-Level = Literal["alias", "fallback", "judge", "candidate", "requested"]
+Level = Literal["alias", "weight", "fallback", "judge", "candidate", "requested"]
 Severity = Literal["retired", "critical", "high", "medium", "low", "announced"]
 
 SEVERITIES: tuple[Severity, ...] = ("retired", "critical", "high", "medium", "low", "announced")
@@ -38,6 +40,15 @@ class Binding(msgspec.Struct, frozen=True):
     target: str
     """ENDPOINT/MODEL."""
     level: Level
+
+
+class Led(Protocol):
+    """Where a rollout leads an alias; a `traffic.store.Route` is one."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def fallback(self) -> Sequence[str]: ...
 
 
 class Exposure(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,17 +99,27 @@ def watch(
 
 
 def bindings_of(
-    aliases: Mapping[str, tuple[str, Sequence[str]]],
-    requested: Iterable[tuple[str, str]],
-    others: Iterable[Binding] = (),
+    config: Config, routes: Mapping[str, Led], requested: Iterable[tuple[str, str]]
 ) -> list[Binding]:
-    """Where models are bound: ``aliases`` maps a name to (target, fallbacks); ``requested`` are the pairs of
-    name asked for and target seen in traffic, of which those that are no alias count; ``others`` are judges,
-    candidates and whatever else names a model."""
-    bound = [Binding(name, target, "alias") for name, (target, _) in aliases.items()]
-    bound += [Binding(name, t, "fallback") for name, (_, fallbacks) in aliases.items() for t in fallbacks]
-    bound += others
-    bound += [Binding(name, target, "requested") for name, target in requested if name not in aliases]
+    """Where models are bound: by the config, by ``routes`` (alias to where a rollout leads it, which replaces
+    what the config says of it), and by applications.
+
+    ``requested`` are the pairs of name asked for and target seen in traffic; those that are no alias count.
+    """
+    bound: list[Binding] = []
+    for name, alias in config.aliases.items():
+        if name not in routes:
+            bound.append(Binding(name, alias.model, "alias"))
+            bound += [Binding(name, t, "weight") for t in alias.weights if t != alias.model]
+            bound += [Binding(name, t, "fallback") for t in alias.fallback]
+    for name, route in routes.items():
+        bound.append(Binding(name, route.model, "alias"))
+        bound += [Binding(name, t, "fallback") for t in route.fallback]
+    bound += [Binding("drill", t, "candidate") for t in config.drill.candidates]
+    if config.evaluate.judge:
+        bound.append(Binding("evaluate", config.evaluate.judge, "judge"))
+    known = {*config.aliases, *routes}
+    bound += [Binding(name, target, "requested") for name, target in requested if name not in known]
     return list(dict.fromkeys(bound))
 
 

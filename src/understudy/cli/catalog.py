@@ -169,9 +169,9 @@ def watch(
 @click.option(
     "--rank",
     "ranks",
-    type=click.Choice(["fit", "life", "verified", "cost", "risk", "score", "latency", "energy"]),
+    type=click.Choice(["fit", "life", "verified", "peer", "cost", "risk", "score", "latency", "energy"]),
     multiple=True,
-    help="Rank by this; may be repeated, the first deciding. [default: fit, life, verified, cost]",
+    help="Rank by this; may be repeated, the first deciding. [default: fit, life, verified, peer, cost]",
 )
 @json_option
 def plan(
@@ -269,35 +269,16 @@ def _store(config: Config) -> Store:
     return open_store(config.store.url, Path(config.root))
 
 
-def _bindings(config: Config, store: Store) -> list[Binding]:
-    from understudy.catalog.watch import Binding, bindings_of
-
-    aliases = {name: (a.model, tuple(a.fallback)) for name, a in config.aliases.items()}
-    aliases |= {name: (r.model, r.fallback) for name, r in store.routes().items()}
-    others = [Binding("drill", target, "candidate") for target in config.drill.candidates]
-    others += [Binding("evaluate", target, "judge") for target in _judges(config)]
-    return bindings_of(aliases, [(use.alias, use.target) for use in store.models()], others)
-
-
-def _judges(config: Config) -> list[str]:
-    """Models named by ``[evaluate] judge`` or ``judges``."""
-    section = msgspec.structs.asdict(config.evaluate)
-    named: list[str] = []
-    for field in ("judge", "judges"):
-        value = section.get(field) or []
-        named += [value] if isinstance(value, str) else [str(v) for v in value]
-    return named
-
-
 def _watched(config: Config, within: int, since: int, canary: Path | None) -> WatchReport:
     """Everything `watch` has to tell."""
     from understudy.catalog.events import WatchReport, price_events, retirement_events, swap_events
     from understudy.catalog.forecast import forecast
+    from understudy.catalog.watch import bindings_of
     from understudy.catalog.watch import watch as exposures
 
     now, catalog = time.time(), _catalog(config)
     with _store(config) as store:
-        bindings = _bindings(config, store)
+        bindings = bindings_of(config, store.routes(), [(use.alias, use.target) for use in store.models()])
         shapes = {b.target: store.shapes(target=b.target) for b in bindings}
         answers = store.answered_by()
     ending = exposures(catalog, bindings, shapes, now)
@@ -327,7 +308,7 @@ def _canaries(config: Config, path: Path, bindings: Sequence[Binding], now: floa
     prompts, kept = read_prompts(path), path.with_suffix(".answers.jsonl")
     before = load_replies(kept)
     known = {(r.target, r.prompt) for r in before}
-    asked = dict.fromkeys(b.target for b in bindings if b.level == "alias")
+    asked = dict.fromkeys(b.target for b in bindings if b.level in ("alias", "weight"))
     targets = [target for target in asked if config.endpoint_of(target)[0].kind == "openai"]
     after = asyncio.run(_ask(config, targets, prompts, now))
     save_replies(kept, [*before, *(r for r in after if (r.target, r.prompt) not in known)])
@@ -472,8 +453,8 @@ def _print_plan(made: Plan, top: int) -> None:
         f"at most {made.peak_tokens_per_minute:,} a minute; {made.batchable:.0%} could go by batch"
     )
     table = _table(
-        "candidate", "tier", ">fits", ">$/mo", ">p10–p90", ">batch", ">$/call", ">$/task", ">kWh/mo",
-        ">CO2e kg/mo", ">s/call", "retires", "unverified", "breaks",
+        "candidate", "tier", "as strong", ">fits", ">$/mo", ">p10–p90", ">batch", ">$/call", ">$/task",
+        ">kWh/mo", ">CO2e kg/mo", ">s/call", "retires", "unverified", "breaks",
     )  # fmt: skip
     for c in (inc, *made.candidates[:top]):
         table.add_row(*_candidate_row(c), end_section=c is inc)
@@ -481,8 +462,12 @@ def _print_plan(made: Plan, top: int) -> None:
     _print(table, f"ranked by {made.ranking}" + (f"; {more} more (--top)" if more > 0 else ""))
     _print_notes(made, top)
     if made.excluded:
-        worst = "; ".join(f"{c.model} ({_reasons(c)})" for c in made.excluded[:5])
-        click.echo(f"{len(made.excluded)} do not fit, the nearest: {worst}")
+        why = ", ".join(f"{r.models} {r.text}" for r in made.reasons)
+        nearest = "; ".join(f"{c.model} ({_reasons(c)})" for c in made.excluded[:5])
+        click.echo(f"{len(made.excluded)} do not fit ({why}), the nearest: {nearest}")
+    if made.passed_over:
+        why = ", ".join(f"{count} {reason}" for reason, count in made.passed_over.items())
+        click.echo(f"{sum(made.passed_over.values())} were not weighed: {why}")
     locked = f" ({', '.join(made.locked_by)})" if made.locked_by else ""
     click.echo(
         f"lock-in: {made.lock_in:.0%} of the calls can go to one vendor only{locked}; "
@@ -509,6 +494,7 @@ def _candidate_row(c: Candidate) -> list[str]:
     return [
         c.model,
         c.tier,
+        {None: "?", True: "yes", False: "no"}[c.peer],
         f"{c.share:.1%}",
         _money(c.usd_per_month),
         band,

@@ -55,14 +55,13 @@ def import_(
     LiteLLM, Langfuse and Helicone logs. "expected" in a line is the right answer. Broken lines are counted
     and listed, the rest is imported; a file imported again adds nothing.
     """
-    from understudy.catalog.facts import load_catalog
+    from understudy.catalog.facts import catalog_of
     from understudy.catalog.prices import pricer
     from understudy.traffic.imports import import_file
     from understudy.traffic.redact import redactor_of
 
     config = configuration.load(config_path)
-    overlay = config.path(config.catalog.overlay) if config.catalog.overlay else None
-    catalog = load_catalog(overlay)
+    catalog = catalog_of(config)
 
     def target_of(model: str) -> str:
         facts = catalog.find(model)

@@ -70,9 +70,9 @@ def page(desk: Desk, query: Mapping[str, str]) -> Today:
     month = desk.hours(MONTH_DAYS)
     day = [hour for hour in month if hour.hour * HOUR_S >= now - DAY_S]
     bindings = desk.bindings()
-    aliases = {b.alias: (b.model, b.fallback) for b in bindings.values()}
-    requested = {(h.alias, h.target): None for h in month}
-    ends = watch(desk.catalog, bindings_of(aliases, requested), {}, now)
+    requested = dict.fromkeys((h.alias, h.target) for h in month)
+    bound = bindings_of(desk.config, desk.store.routes(), requested)
+    ends = watch(desk.catalog, bound, {}, now)
     return Today(
         now=now,
         rows=_rows(bindings, month, day, ends),

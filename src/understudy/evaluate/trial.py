@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from understudy import __version__, config
-from understudy.catalog.facts import load_catalog
+from understudy.catalog.facts import catalog_of
 from understudy.catalog.plan import Plan, make_plan
 from understudy.catalog.prices import pricer
 from understudy.endpoint import Endpoint, HttpEndpoint
@@ -44,7 +44,7 @@ from understudy.evaluate.replay import Progress, prove
 from understudy.evaluate.thrift import CachedEndpoint, PacedEndpoint, Price
 from understudy.protocol import Usage
 from understudy.traffic.sample import Exchange, exchanges, sample_hash, shapes, split
-from understudy.traffic.store import Store, open_store
+from understudy.traffic.store import open_store
 
 Report = Callable[[str, Progress], None]
 
@@ -100,8 +100,7 @@ class _Billed(NamedTuple):
 
 def price_of(loaded: config.Config, target: str) -> Price:
     """What a call to ENDPOINT/MODEL costs today, by the overlay and the catalog."""
-    overlay = loaded.path(loaded.catalog.overlay) if loaded.catalog.overlay else None
-    billed = pricer(load_catalog(overlay), loaded.endpoints)
+    billed = pricer(catalog_of(loaded), loaded.endpoints)
 
     def price(usage: Usage) -> float | None:
         found = billed(_Billed(target, usage, time.time(), {}))
@@ -208,8 +207,7 @@ async def _judge(
 
 def _retires(loaded: config.Config, model: str) -> str:
     """ISO date on which a model retires, by the catalog; empty where it knows none."""
-    overlay = loaded.path(loaded.catalog.overlay) if loaded.catalog.overlay else None
-    facts = load_catalog(overlay).find(model)
+    facts = catalog_of(loaded).find(model)
     return facts.retires.value.isoformat() if facts and facts.retires else ""
 
 
@@ -229,17 +227,12 @@ def _named(progress: Report | None, name: str) -> Callable[[Progress], None] | N
 
 
 def _plan(loaded: config.Config, alias: str, incumbent: str, targets: Sequence[str], out: Path) -> Plan:
-    overlay = loaded.path(loaded.catalog.overlay) if loaded.catalog.overlay else None
     with open_store(loaded.store.url, Path(loaded.root)) as store:
-        plan = _weighed(store, alias, incumbent, targets, overlay)
+        plan = make_plan(catalog_of(loaded), incumbent, shapes(store, alias), targets, now=time.time())
     path = out / EVIDENCE / PLAN
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")
     return plan
-
-
-def _weighed(store: Store, alias: str, incumbent: str, targets: Sequence[str], overlay: Path | None) -> Plan:
-    return make_plan(load_catalog(overlay), incumbent, shapes(store, alias), targets, now=time.time())
 
 
 def _question(

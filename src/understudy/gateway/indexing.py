@@ -16,7 +16,7 @@ import time
 from multiprocessing.context import SpawnProcess
 from multiprocessing.process import BaseProcess
 
-from understudy.catalog.facts import load_catalog
+from understudy.catalog.facts import catalog_of
 from understudy.catalog.prices import pricer
 from understudy.config import Config
 from understudy.errors import StoreError
@@ -37,15 +37,14 @@ _log = logging.getLogger("understudy.indexer")
 
 
 def check_prices(config: Config) -> None:
-    """Raises InputError for an overlay of the catalog that the indexer could not read."""
-    if config.catalog.overlay:
-        load_catalog(config.path(config.catalog.overlay))
+    """Raises InputError for an overlay, or vendors' lists, that the indexer could not read."""
+    if config.catalog.overlay or config.path(config.catalog.live).exists():
+        catalog_of(config)
 
 
 def price_of(config: Config) -> Price:
-    """What calls cost by the catalog and the config's overlay. Raises InputError."""
-    overlay = config.path(config.catalog.overlay) if config.catalog.overlay else None
-    return pricer(load_catalog(overlay), config.endpoints)
+    """What calls cost by the catalog, vendors' lists and the overlay. Raises InputError."""
+    return pricer(catalog_of(config), config.endpoints)
 
 
 class IndexerProcess:
