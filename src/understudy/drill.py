@@ -316,7 +316,7 @@ def make_own(stage: Drill) -> None:
     job = OwnJob(
         teacher=stage.config.own.teacher,
         root=Path(stage.config.root),
-        train=chats(stage.split.train),
+        train=chats(stage.split.train, right=stage.config.own.answers == "right"),
         held_out=chats(stage.split.held_out),
         out=stage.out / "own",
         settings=stage.config.own,

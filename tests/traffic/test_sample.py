@@ -84,6 +84,26 @@ def test_chats_end_with_the_recorded_answer(store: Store, make_call: MakeCall) -
     ]
 
 
+def test_right_answers_stand_in_for_recorded_ones(store: Store, make_call: MakeCall) -> None:
+    asked = [make_call(answer="no", tags={"grader": g} if g else {}) for g in ("", "contains", "code")]
+    right = ("yes", '["it is", "yes"]', "assert answer()")
+    said = [
+        Feedback(key=new_key(), call=c.key, at=1.0, expected=e) for c, e in zip(asked, right, strict=True)
+    ]
+    store.insert([*asked, *said], "s", 1)
+    sample = exchanges(store, "assistant")
+    assert [c[-1]["content"] for c in chats(sample, right=True)] == ["yes", "it is", "no"]
+    assert [c[-1]["content"] for c in chats(sample)] == ["no", "no", "no"]
+
+
+def test_earlier_answers_are_read_and_not_learnt(store: Store, make_call: MakeCall) -> None:
+    store.insert([make_call(answer="no")], "s", 1)
+    (one,) = exchanges(store, "assistant")
+    shown = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    (chat,) = chats([one._replace(request={"messages": [*shown, {"role": "user", "content": "3+3?"}]})])
+    assert [m.get("weight") for m in chat] == [None, 0, None, None]
+
+
 @given(st.lists(st.integers(0, 40), max_size=60), st.floats(0.05, 0.95))
 @settings(max_examples=100)
 def test_equal_prompts_never_stand_on_both_sides(prompts: list[int], held_out: float) -> None:

@@ -266,7 +266,8 @@ def _chats(data: str, alias: str | None, config: Config) -> tuple[list[Chat], li
             expected="chats recorded by the gateway",
             next_step="understudy up, or --data FILE.jsonl",
         )
-    return sample.chats(parts.train), sample.chats(parts.held_out)
+    right = config.own.answers == "right"
+    return sample.chats(parts.train, right=right), sample.chats(parts.held_out)
 
 
 def _split_file(chats: list[Chat], held_out: float) -> tuple[list[Chat], list[Chat]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.compress.corpus import Batch
-from understudy.compress.decoder import Layer, body
+from understudy.compress.decoder import Layer, body, states_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,7 +121,7 @@ def enter(model: PreTrainedModel, batches: Sequence[Batch]) -> Stream:
     decoder.layers = nn.ModuleList(recorders)
     try:
         for batch in batches:
-            decoder(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
+            states_of(model, batch)
             stream.hidden.append(cast(Tensor, recorders[0].hidden).float())
             stream.calls.append([r.call for r in recorders])
             stream.real.append(batch.real)

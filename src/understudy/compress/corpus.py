@@ -1,7 +1,8 @@
 """Chats and texts as tokens: which tokens are answers, and how documents are packed into rows.
 
 Several documents share a row; positions start anew in each, from which transformers builds block-diagonal
-attention, so a document's activations do not depend on its neighbours. Padding is known by length alone:
+attention, so a document's activations do not depend on its neighbours. Documents that begin alike may share
+their beginning (beginnings); the batch then says what each token sees. Padding is known by length alone:
 a tokenizer's pad token is often its end-of-turn token. It ignores where chats come from.
 """
 
@@ -12,6 +13,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from understudy.compress.beginnings import bundles, distinct_tokens
 from understudy.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +29,19 @@ class Document(NamedTuple):
 
     tokens: list[int]
     answer: list[bool]
-    """Whether each token was written by the assistant."""
+    """Whether each token is one the model is to write: the assistant's, of messages with a weight."""
+    start: int = 0
+    """Position of the first token."""
+    after: int = -1
+    """In a row: the number of the document whose tokens before ``start`` stand in front of this one."""
+
+    def upto(self, count: int) -> Document:
+        """The first tokens."""
+        return Document(self.tokens[:count], self.answer[:count])
+
+    def since(self, start: int) -> Document:
+        """What follows, as a continuation of document 0."""
+        return Document(self.tokens[start:], self.answer[start:], start, 0)
 
 
 class Row(NamedTuple):
@@ -62,12 +76,16 @@ class Batch(NamedTuple):
     """bool: the next token is in the same document and the assistant's."""
     document: Tensor
     """int64: number of the document within the batch; −1 on padding."""
+    sight: Tensor | None
+    """bool, (rows, 1, length, length): what each token sees; None where documents see only themselves."""
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Document:
     """Tokens of a chat in the model's template; the assistant's are those after its turn's header.
 
-    The header is what `add_generation_prompt` adds; the end-of-turn token counts as the assistant's.
+    The header is what `add_generation_prompt` adds; the end-of-turn token counts as the assistant's. An
+    assistant's message with ``weight`` 0 is read and not learnt, as in OpenAI's fine-tuning format
+    (platform.openai.com/docs/guides/supervised-fine-tuning).
     Raises InputError when the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
@@ -77,7 +95,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Document:
             next_step="name an instruction-tuned teacher",
         )
     text = _render(tokenizer, chat, prompt=False)
-    spans = [_span(tokenizer, chat, i, text) for i, m in enumerate(chat) if m.get("role") == "assistant"]
+    learnt = [i for i, m in enumerate(chat) if m.get("role") == "assistant" and m.get("weight", 1)]
+    spans = [_span(tokenizer, chat, i, text) for i in learnt]
     encoded = cast(Any, tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True)
     answer = [
         any(start <= begin and end <= stop for start, stop in spans) and end > begin
@@ -118,20 +137,35 @@ def windows(documents: Sequence[Document], length: int) -> list[Document]:
     return [piece for piece in pieces if len(piece.tokens) > 1]
 
 
-def pack(documents: Sequence[Document], length: int) -> list[Row]:
-    """Rows of at most ``length`` tokens by best fit, longest documents first; the order is deterministic."""
-    pieces = sorted(windows(documents, length), key=lambda d: (-len(d.tokens), d.tokens))
+def pack(documents: Sequence[Document], length: int, *, share: bool = False) -> list[Row]:
+    """Rows of at most ``length`` tokens by best fit, longest first; the order is deterministic.
+
+    With ``share``, documents that begin alike stand in one row behind a single copy of their beginning.
+    """
+    pieces = windows(documents, length)
+    wholes = bundles(pieces, length) if share else [[piece] for piece in pieces]
+    wholes.sort(key=lambda bundle: (-_size(bundle), [d.tokens for d in bundle]))
     rows: list[Row] = []
     room: dict[int, list[int]] = {}  # tokens left -> rows
-    for piece in pieces:
-        need = len(piece.tokens)
+    for bundle in wholes:
+        need = _size(bundle)
         left = min((space for space, at in room.items() if space >= need and at), default=0)
         at = room[left].pop() if left else len(rows)
         if not left:
             rows.append(Row([], length))
-        rows[at].documents.append(piece)
+        first = len(rows[at].documents)
+        rows[at].documents.extend(d._replace(after=first) if d.after >= 0 else d for d in bundle)
         room.setdefault((left or length) - need, []).append(at)
     return rows
+
+
+def shared_length(documents: Sequence[Document]) -> int:
+    """Twice what documents need by themselves: the longer a row, the fewer copies of a beginning."""
+    return 2 * row_length(documents)
+
+
+def _size(bundle: Sequence[Document]) -> int:
+    return sum(len(d.tokens) for d in bundle)
 
 
 def row_length(documents: Sequence[Document], most: int = 512) -> int:
@@ -154,15 +188,17 @@ def shuffled(items: Iterable[T], seed: int) -> list[T]:
     return order
 
 
-def take(documents: Sequence[Document], tokens: int, seed: int) -> list[Document]:
-    """Documents in a seeded order until ``tokens`` are reached."""
+def take(documents: Sequence[Document], tokens: int, seed: int, *, share: bool = False) -> list[Document]:
+    """Documents in a seeded order until ``tokens`` are reached; ``share`` counts a common beginning once."""
+    order = shuffled(documents, seed)
+    sizes = distinct_tokens(order) if share else (len(d.tokens) for d in order)
     taken: list[Document] = []
     count = 0
-    for document in shuffled(documents, seed):
+    for document, size in zip(order, sizes, strict=True):
         if count >= tokens:
             break
         taken.append(document)
-        count += len(document.tokens)
+        count += size
     return taken
 
 
@@ -181,23 +217,37 @@ def collate(rows: Sequence[Row]) -> Batch:
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     positions = torch.zeros_like(tokens)
     document = torch.full_like(tokens, -1)
+    start_of, before = torch.zeros_like(tokens), torch.full_like(tokens, -2)
     answers = torch.zeros_like(tokens, dtype=torch.bool)
     number = 0
     for r, row in enumerate(rows):
-        start = 0
+        first, begin = number, 0
         for piece in row.documents:
-            stop = start + len(piece.tokens)
-            tokens[r, start:stop] = torch.tensor(piece.tokens)
-            answers[r, start:stop] = torch.tensor(piece.answer)
-            positions[r, start:stop] = torch.arange(stop - start)
-            document[r, start:stop] = number
-            number, start = number + 1, stop
-        positions[r, start:] = torch.arange(length - start)
+            stop = begin + len(piece.tokens)
+            tokens[r, begin:stop] = torch.tensor(piece.tokens)
+            answers[r, begin:stop] = torch.tensor(piece.answer)
+            positions[r, begin:stop] = torch.arange(piece.start, piece.start + len(piece.tokens))
+            document[r, begin:stop] = number
+            if piece.after >= 0:
+                start_of[r, begin:stop], before[r, begin:stop] = piece.start, first + piece.after
+            number, begin = number + 1, stop
+        positions[r, begin:] = torch.arange(length - begin)
     real = document >= 0
     predicts = real & (document == _next(document, -2))
+    sight = _sight(document, positions, before, start_of) if bool((before >= 0).any()) else None
     return Batch(
-        tokens, positions, _next(tokens, 0), real, predicts, predicts & _next(answers, False), document
+        tokens, positions, _next(tokens, 0), real, predicts, predicts & _next(answers, False), document, sight
     )
+
+
+def _sight(document: Tensor, positions: Tensor, before: Tensor, start_of: Tensor) -> Tensor:
+    """What each token sees: its own document up to itself, and the beginning that its document continues."""
+    import torch
+
+    places = torch.arange(document.shape[1])
+    own = (document[:, :, None] == document[:, None, :]) & (places[:, None] >= places[None, :])
+    shared = (before[:, :, None] == document[:, None, :]) & (positions[:, None, :] < start_of[:, :, None])
+    return (own | shared)[:, None]
 
 
 def _next(values: Tensor, last: int | bool) -> Tensor:

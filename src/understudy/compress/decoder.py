@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+    from understudy.compress.corpus import Batch
+
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """The size of a decoder on every axis that can be pruned, and of those that cannot."""
@@ -178,6 +180,26 @@ def family_of(model: PreTrainedModel) -> Family:
 def body(model: PreTrainedModel) -> Any:
     """The decoder without its head: embedding, layers, final norm."""
     return family_of(model).body(model)
+
+
+def states_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Hidden states behind the last layer and its norm, (rows, length, width)."""
+    import torch
+
+    sight = None
+    if batch.sight is not None:
+        hidden_by = torch.finfo(model.dtype).min
+        sight = torch.zeros(batch.sight.shape, dtype=model.dtype).masked_fill_(~batch.sight, hidden_by)
+    out = body(model)(
+        input_ids=batch.tokens, position_ids=batch.positions, attention_mask=sight, use_cache=False
+    )
+    return cast("Tensor", out.last_hidden_state)
+
+
+def may_share(model: PreTrainedModel, length: int) -> bool:
+    """Whether rows of this length may share beginnings: what a batch may see must not be cut by a window."""
+    window = getattr(family_of(model).config(model), "sliding_window", None)
+    return not window or window >= length
 
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:

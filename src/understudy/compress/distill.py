@@ -23,8 +23,17 @@ import msgspec
 import torch
 from torch import Tensor
 
-from understudy.compress.corpus import Batch, Document, Row, collate, fingerprint, pack, row_length, shuffled
-from understudy.compress.decoder import head_weight, softcap_of, vocabulary_weights
+from understudy.compress.corpus import (
+    Batch,
+    Document,
+    Row,
+    collate,
+    fingerprint,
+    pack,
+    shared_length,
+    shuffled,
+)
+from understudy.compress.decoder import head_weight, may_share, softcap_of, vocabulary_weights
 from understudy.compress.fidelity import final_hidden, side_of
 from understudy.compress.losses import (
     Divergence,
@@ -34,6 +43,7 @@ from understudy.compress.losses import (
     Side,
     distillation_loss,
     kl_rows,
+    nll_rows,
 )
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.progress import Progress, silent
@@ -51,8 +61,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of training, epochs counted again and again."""
     minutes: float = 0.0
     """Wall-clock limit (0: none); the schedule is stretched over whichever comes first."""
-    learning_rate: float = 1e-4
-    """Peak; cosine to a twentieth of it."""
+    learning_rate: float = 3e-5
+    """Peak; cosine to a twentieth of it. A refitted student starts near its teacher: more than this throws it
+    back first (LOG.md, 2026-11-24)."""
     warm_up: float = 0.06
     """Share of the run in which the rate rises linearly."""
     step_tokens: int = 1024
@@ -76,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     clip: float = 1.0
     """Largest norm of the whole gradient."""
     checks: int = 4
-    """Evaluations on held-out text after the one before training."""
+    """Evaluations on text not trained on, after the one before training."""
     patience: int = 3
     """Checks without a better held-out KL before stopping early."""
     seed: int = 0
@@ -104,6 +115,10 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     """Per token, all tokens."""
     answer_kl: float
     """Per token, the assistant's."""
+    answer_nll: float
+    """−log of the student's probability of the answers' own tokens, per token."""
+    loss: float
+    """What the run is to bring down, in the weights of its last stage; the best check's weights are kept."""
 
 
 class Curve(msgspec.Struct, kw_only=True):
@@ -200,8 +215,10 @@ class _Run:
     ) -> None:
         self.student, self.teacher, self.settings = student, teacher, settings
         self.state, self.progress = state, progress
-        length = settings.row_tokens or row_length(corpus.train)
-        self.rows, self.held_out = pack(corpus.train, length), pack(corpus.held_out, length)
+        length = settings.row_tokens or shared_length(corpus.train)
+        share = all(may_share(model, length) for model in (student, teacher.model))
+        self.rows = pack(corpus.train, length, share=share)
+        self.held_out = pack(corpus.held_out, length, share=share)
         if not self.rows:
             raise ModelError("nothing to learn from", expected="chats or texts of at least two tokens")
         self.micro = max(1, settings.micro_tokens // length)
@@ -339,28 +356,38 @@ class _Run:
     @torch.no_grad()
     def _check(self) -> None:
         """Held-out KL over all tokens and over the assistant's; the best weights are put aside."""
-        totals = torch.zeros(2, 2, dtype=torch.float64)
+        totals = torch.zeros(5, dtype=torch.float64)
         for start in range(0, len(self.held_out), self.micro):
             part = self.held_out[start : start + self.micro]
-            totals += self._held_out_kl(-1 - start, part)
-        kl, answer_kl = (totals[:, 0] / totals[:, 1].clamp(min=1)).tolist()
-        best = min((c.kl for c in self.curve.checks), default=math.inf)
-        self.curve.checks.append(Check(step=self.step, tokens=self.tokens, kl=kl, answer_kl=answer_kl))
-        if kl < best or not self.held_out:
+            totals += self._held_out_sums(-1 - start, part)
+        best = min((c.loss for c in self.curve.checks), default=math.inf)
+        self.curve.checks.append(self._found(*totals.tolist()))
+        if self.curve.checks[-1].loss < best or not self.held_out:
             self._keep_best()
 
-    def _held_out_kl(self, key: int, part: Sequence[Row]) -> Tensor:
-        """[[KL sum, tokens], [KL sum of answers, answer tokens]] of some held-out rows."""
+    def _found(self, tokens: float, kl: float, answers: float, answer_kl: float, nll: float) -> Check:
+        """A check from its sums: numbers of tokens and of answer tokens, and what was summed over each."""
+        kl, answer_kl, nll = kl / max(tokens, 1), answer_kl / max(answers, 1), nll / max(answers, 1)
+        loss, ce = kl, self.settings.adapt_ce
+        if self.settings.adapt and answers:
+            loss = (1 - ce) * answer_kl + ce * nll + self.settings.adapt_rest * kl
+        return Check(
+            step=self.step, tokens=self.tokens, kl=kl, answer_kl=answer_kl, answer_nll=nll, loss=loss
+        )
+
+    def _held_out_sums(self, key: int, part: Sequence[Row]) -> Tensor:
+        """Tokens, their KL, answer tokens, their KL, their −log probability: sums over held-out rows."""
         batch = collate(part)
         states = self.teacher.hidden([key - i for i in range(len(part))], part)
         own = side_of(self.student, final_hidden(self.student, batch))
         kl = kl_rows(Side(states, self.teacher.head), own).double()
         answers = batch.answers[batch.predicts]
-        counts = torch.tensor([len(kl), int(answers.sum())], dtype=torch.float64)
-        return torch.stack([torch.stack([kl.sum(), kl[answers].sum()]), counts], dim=1)
+        nll = nll_rows(Side(own.hidden[answers], own.head), batch.labels[batch.predicts][answers]).double()
+        sums = [float(kl.sum()), float(answers.sum()), float(kl[answers].sum()), float(nll.sum())]
+        return torch.tensor([float(len(kl)), *sums], dtype=torch.float64)
 
     def _stop_early(self) -> None:
-        best = min(range(len(self.curve.checks)), key=lambda i: self.curve.checks[i].kl)
+        best = min(range(len(self.curve.checks)), key=lambda i: self.curve.checks[i].loss)
         if len(self.curve.checks) - 1 - best >= self.settings.patience and not self.curve.finished:
             self.curve.finished, self.curve.stopped = True, "early"
 

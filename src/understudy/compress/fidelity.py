@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from understudy.compress.corpus import Batch
-from understudy.compress.decoder import body, head_weight, softcap_of
+from understudy.compress.decoder import head_weight, softcap_of, states_of
 from understudy.compress.losses import Head, Side, logit_blocks
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.progress import Progress, silent
@@ -155,8 +155,7 @@ def side_of(model: PreTrainedModel, hidden: Tensor) -> Side:
 
 def final_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """What enters the head at predicting positions, (predicted tokens, width)."""
-    out = body(model)(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
-    return out.last_hidden_state[batch.predicts]
+    return states_of(model, batch)[batch.predicts]
 
 
 def require_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:

@@ -107,6 +107,14 @@ def kl_rows(teacher: Side, student: Side, chunk: int = 256) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0)
 
 
+def nll_rows(student: Side, labels: Tensor, chunk: int = 256) -> Tensor:
+    """−log of the student's probability of each label, (rows,), without gradients; ``labels`` (rows,)."""
+    found: list[Tensor] = []
+    for at, (logits,) in logit_blocks((student,), chunk):
+        found.append(-_normalise(logits).gather(1, labels[at, None])[:, 0])
+    return torch.cat(found) if found else torch.zeros(0)
+
+
 def logit_blocks(sides: Sequence[Side], chunk: int = 256) -> Iterator[tuple[slice, list[Tensor]]]:
     """The logits of several models for a few rows at a time: (rows, [(few, vocab) per side]).
 

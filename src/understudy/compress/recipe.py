@@ -40,7 +40,12 @@ if TYPE_CHECKING:
 MEASURED_TOKENS = 8_000
 """Held-out tokens that fidelity is measured on."""
 CHECKED_TOKENS = 3_000
-"""Of them, those the checks during healing look at."""
+"""Tokens of the training texts set aside to choose the best weights by: what is held out proves, and chooses
+nothing."""
+CHECKED_SHARE = 0.1
+"""Most of the training texts that may be set aside so."""
+RIGHT: dict[str, float] = {"adapt": 0.7, "adapt_ce": 0.9, "adapt_rest": 0.03}
+"""Where right answers are learnt, which the teacher may not know: more of the run, mostly cross-entropy."""
 
 
 class OwnJob(NamedTuple):
@@ -148,6 +153,8 @@ def _begin(out: Path, identity: str) -> None:
 
 class _Texts(NamedTuple):
     train: list[Document]
+    checked: list[Document]
+    """Set aside from training to choose the best weights by."""
     measured: list[Document]
     calibration: list[Document]
 
@@ -199,8 +206,11 @@ class _Steps:
                 expected=f"at least {LEAST_TOKENS} tokens and one held-out chat",
                 next_step="record more traffic, or give a calibration text",
             )
-        calibration = take(train, job.settings.calibration_tokens, job.seed)
-        return _Texts(train, take(held_out, MEASURED_TOKENS, job.seed), calibration)
+        calibration = take(train, job.settings.calibration_tokens, job.seed, share=True)
+        aside = take(train, round(min(CHECKED_TOKENS, CHECKED_SHARE * count)), job.seed + 1)
+        chosen = set(map(id, aside))
+        rest = [d for d in train if id(d) not in chosen]
+        return _Texts(rest, aside, take(held_out, MEASURED_TOKENS, job.seed), calibration)
 
     def _pruned(self) -> tuple[Plan, PreTrainedModel]:
         folder, path = self.out / "pruned", self.out / "plan.json"
@@ -213,7 +223,11 @@ class _Steps:
         with self._timed("prune"):
             student = copy.deepcopy(teacher)
             plan = prune(
-                student, plan, batched(self.texts.calibration, LEAST_TOKENS), Method(), self.progress
+                student,
+                plan,
+                batched(self.texts.calibration, LEAST_TOKENS, sharing=teacher),
+                Method(),
+                self.progress,
             )
             plans.save(plan, path)
             checkpoint.save(student, self.loaded.tokenizer, folder)
@@ -244,7 +258,9 @@ class _Steps:
             learning_rate=self.job.settings.learning_rate,
             seed=self.job.seed,
         )
-        corpus = distill.Corpus(self.texts.train, take(self.texts.measured, CHECKED_TOKENS, self.job.seed))
+        if self.job.settings.answers == "right":
+            settings = msgspec.structs.replace(settings, **RIGHT)
+        corpus = distill.Corpus(self.texts.train, self.texts.checked)
         teacher = LiveTeacher(self.loaded.model)
         curve = distill.heal(student, teacher, corpus, settings, self.out / "heal", self.progress)
         self.seconds["heal"] = curve.seconds

@@ -22,9 +22,10 @@ from understudy.compress.corpus import (
     fingerprint,
     pack,
     row_length,
+    shared_length,
     take,
 )
-from understudy.compress.decoder import Shape, extras_of, shape_of
+from understudy.compress.decoder import Shape, extras_of, may_share, shape_of
 from understudy.compress.distill import Curve
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.plan import Plan
@@ -34,7 +35,7 @@ from understudy.compress.teacher import LiveTeacher
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 2048
 """Tokens per forward pass where no gradient is kept."""
@@ -148,11 +149,17 @@ def compare(teacher: str, student: str, texts: Texts, tokens: int, progress: Pro
     return fidelity(first.model, second.model, batched(documents, 2), progress=progress)
 
 
-def batched(documents: list[Document], least: int) -> list[Batch]:
-    """Packed batches. Raises ModelError when there are fewer than ``least`` tokens."""
+def batched(documents: list[Document], least: int, sharing: PreTrainedModel | None = None) -> list[Batch]:
+    """Packed batches. Raises ModelError when there are fewer than ``least`` tokens.
+
+    For the model ``sharing``, if it may, a beginning that documents have in common is there once.
+    """
     count = sum(len(d.tokens) for d in documents)
     if count < least:
         raise ModelError(
             f"{count} tokens of text", expected=f"at least {least}", next_step="give more or longer texts"
         )
-    return list(batches(pack(documents, row_length(documents)), BATCH_TOKENS))
+    length = shared_length(documents)
+    share = sharing is not None and may_share(sharing, length)
+    length = length if share else row_length(documents)
+    return list(batches(pack(documents, length, share=share), BATCH_TOKENS))

@@ -139,8 +139,8 @@ def _charts(report: Report) -> list[Markup]:
     """KL and loss against tokens trained on."""
     lines = [
         Line("while training", _thinned([(p.tokens, p.kl) for p in report.points])),
-        Line("held out", [(c.tokens, c.kl) for c in report.checks]),
-        Line("held out, answers only", [(c.tokens, c.answer_kl) for c in report.checks]),
+        Line("set aside", [(c.tokens, c.kl) for c in report.checks]),
+        Line("set aside, answers only", [(c.tokens, c.answer_kl) for c in report.checks]),
     ]
     losses = [Line("loss", _thinned([(p.tokens, p.loss) for p in report.points]))]
     return [

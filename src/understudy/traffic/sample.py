@@ -17,6 +17,8 @@ from understudy.traffic.record import Feedback
 from understudy.traffic.store import Store, StoredCall
 
 PAGE = 250
+SAID = frozenset({"match", "exact", "normalised", "choice", "numeric", "contains", "f1", "similarity"})
+"""Graders whose right answer is what the model should have said, not a rule to hold its answer against."""
 
 
 class Exchange(NamedTuple):
@@ -82,13 +84,36 @@ def split(sample: Iterable[Exchange], held_out: float) -> Split:
     return parts
 
 
-def chats(sample: Iterable[Exchange]) -> list[list[Json]]:
-    """Messages with the recorded answer as the last one; calls that are no chat are left out."""
+def chats(sample: Iterable[Exchange], *, right: bool = False) -> list[list[Json]]:
+    """Messages with the recorded answer as the last one; calls that are no chat are left out.
+
+    Earlier answers of the assistant get ``weight`` 0, as in OpenAI's fine-tuning format: they are examples of
+    the application's, or were recorded by themselves. With ``right``, the right answer that feedback gave
+    stands in place of the recorded one, where it is a text and not a rule to grade by.
+    """
     return [
-        [*exchange.request["messages"], message]
+        [*(_unweighted(m) for m in exchange.request["messages"]), _corrected(exchange, message, right=right)]
         for exchange in sample
         if exchange.request.get("messages") and (message := _answered(exchange.body))
     ]
+
+
+def _unweighted(message: Json) -> Json:
+    return message | {"weight": 0} if message.get("role") == "assistant" else message
+
+
+def _corrected(exchange: Exchange, message: Json, *, right: bool) -> Json:
+    if not right or exchange.expected is None or exchange.tags.get("grader", "match") not in SAID:
+        return message
+    return message | {"content": _first(exchange.expected)}
+
+
+def _first(expected: str) -> str:
+    """The first of several right answers given as a JSON list of strings."""
+    try:
+        return msgspec.json.decode(expected, type=list[str])[0]
+    except (msgspec.DecodeError, IndexError):
+        return expected
 
 
 def shapes(store: Store, alias: str | None = None, *, since: float | None = None) -> list[CallShape]:
