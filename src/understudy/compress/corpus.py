@@ -79,6 +79,11 @@ class Batch(NamedTuple):
     sight: Tensor | None
     """bool, (rows, 1, length, length): what each token sees; None where documents see only themselves."""
 
+    def first(self, rows: int) -> Batch:
+        """The first rows."""
+        *parts, sight = self
+        return Batch(*(part[:rows] for part in parts), sight=None if sight is None else sight[:rows])
+
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Document:
     """Tokens of a chat in the model's template; the assistant's are those after its turn's header.

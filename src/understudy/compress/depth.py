@@ -56,7 +56,7 @@ def _first(batches: Sequence[Batch]) -> list[Batch]:
         rows = min(len(batch.tokens), max(1, room // batch.tokens.shape[1]))
         if room <= 0:
             break
-        chosen.append(Batch(*(part[:rows] for part in batch)))
+        chosen.append(batch.first(rows))
         room -= rows * batch.tokens.shape[1]
     return chosen
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from understudy.compress.corpus import Batch
-from understudy.compress.decoder import Layer, body, head_weight, layers_of, softcap_of
+from understudy.compress.decoder import Layer, head_weight, layers_of, softcap_of
+from understudy.compress.fidelity import final_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,8 +40,7 @@ def channel_sensitivity(model: PreTrainedModel, batches: Sequence[Batch]) -> lis
 
 
 def _loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    out = body(model)(input_ids=batch.tokens, position_ids=batch.positions, use_cache=False)
-    logits = out.last_hidden_state[batch.predicts] @ head_weight(model).T
+    logits = final_hidden(model, batch) @ head_weight(model).T
     cap = softcap_of(model)
     logits = torch.tanh(logits / cap) * cap if cap else logits
     return functional.cross_entropy(logits, batch.labels[batch.predicts])
