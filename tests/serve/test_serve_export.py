@@ -120,6 +120,41 @@ def test_quantised_types_have_their_size_and_stay_close(
     assert errors["f16"] < errors["q8_0"] < errors["q4_0"] < 2.0
 
 
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral"])
+def test_sizes_per_layer_are_exported_without_their_padding(
+    family: str, make_checkpoint: Maker, tmp_path: Path
+) -> None:
+    extra = {"attention_bias": True, "mlp_bias": True} if family == "Llama" else {"sliding_window": None}
+    checkpoint = _copy(make_checkpoint(family, **extra), tmp_path / "padded")
+    sizes = [64, 32]
+
+    def pad(weights: dict[str, Any]) -> None:
+        for name, weight in weights.items():
+            layer = sizes[int(name.split(".")[2])] if ".mlp." in name else 0
+            if "down_proj.weight" in name:
+                weight[:, layer:] = 0
+            elif "gate_proj" in name or "up_proj" in name:
+                weight[layer:] = 0
+
+    _change_weights(checkpoint, pad)
+    _change_config(checkpoint, ffn_per_layer=sizes)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(CORPUS[0])["input_ids"][:60]
+    report = export_gguf(checkpoint, tmp_path / "m.gguf", "f16")
+    scorer = open_scorer(report.path, 128, 1)
+    [scored] = scorer.score([ScoreJob(tuple(tokens), 1)])
+    assert greedy_differences(scorer, model, tokens[:12], 8) == []
+    scorer.close()
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    ours = np.array([score.logprob for score in scored.tokens[1:]])
+    theirs = logprobs[torch.arange(len(tokens) - 1), torch.tensor(tokens[1:])].numpy()
+    assert np.abs(ours - theirs).max() <= TOLERANCE
+    assert report.architecture == "deci"
+    assert read_header(report.path).metadata["deci.feed_forward_length"] == sizes
+    assert report.parameters < sum(weight.numel() for weight in model.parameters())
+
+
 async def _llama_tokens(path: Path, texts: list[str]) -> list[list[int]]:
     engine = await LlamaCppEngine.open(path, Serve(threads=1, slots=1, context=128))
     try:

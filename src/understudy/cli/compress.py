@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import click
 
@@ -52,6 +52,13 @@ def _text_options(command: F) -> F:
     "--score", type=click.Choice(SCORES), default="output", show_default=True, help="Of FFN channels."
 )
 @click.option(
+    "--shape",
+    type=click.Choice(["uniform", "per-layer"]),
+    default="uniform",
+    show_default=True,
+    help="per-layer: FFN sizes that differ, shared out by measured damage.",
+)
+@click.option(
     "--plan", "plan_file", type=FILE, default=None, help="Apply this plan.json; sizes are ignored then."
 )
 @click.option("--calibration", default="traffic", show_default=True, help="traffic, or a file.")
@@ -70,6 +77,7 @@ def prune(
     hidden: int,
     layers: int,
     score: Score,
+    shape: Literal["uniform", "per-layer"],
     plan_file: Path | None,
     calibration: str,
     alias: str | None,
@@ -92,6 +100,7 @@ def prune(
         kv_heads=kv_heads,
         hidden=hidden,
         layers=layers,
+        shape=shape,
     )
     with _bars() as progress:
         job = single.PruneJob(

@@ -307,3 +307,8 @@ def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) ->
     config.head_dim = shape.head_dim
     if getattr(config, "layer_types", None) and len(config.layer_types) != len(kept_layers):
         config.layer_types = [config.layer_types[i] for i in kept_layers]
+
+
+def write_ffn_sizes(model: PreTrainedModel, sizes: list[int]) -> None:
+    """Note how many channels of each layer are no padding."""
+    family_of(model).config(model).ffn_per_layer = sizes

@@ -40,7 +40,7 @@ def choose_layers(
     total = len(layers_of(model)) - count
     if not total:
         return list(range(count))
-    search = _Search(model, _first(batches))
+    search = _Search(model, first_batches(batches))
     for done in range(total):
         progress("layers", done, total)
         search.drop_one()
@@ -48,7 +48,7 @@ def choose_layers(
     return search.kept
 
 
-def _first(batches: Sequence[Batch]) -> list[Batch]:
+def first_batches(batches: Sequence[Batch]) -> list[Batch]:
     """The first batches, cut so that about `MEASURED_TOKENS` remain."""
     chosen: list[Batch] = []
     room = MEASURED_TOKENS

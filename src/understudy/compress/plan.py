@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from understudy.compress.decoder import Extras, Shape, parameters
+from understudy.compress.decoder import Extras, Shape, layer_parameters, parameters
 from understudy.errors import InputError, ModelError
 
 MULTIPLE = 64
@@ -44,6 +44,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Empty until pruning has chosen, layer by layer on the pruned prefix."""
     width: list[int] = []
     """Kept dimensions of the hidden stream; empty until chosen."""
+    ffns: list[int] = []
+    """FFN channels of each layer that stays where they differ; `student.ffn` is then the most of them."""
+
+    def ffn(self, place: int) -> int:
+        """FFN channels of the student's layer at ``place``."""
+        return self.ffns[place] if self.ffns else self.student.ffn
 
     @property
     def removed(self) -> float:
@@ -51,10 +57,25 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return 1 - self.parameters_after / self.parameters_before
 
     def __str__(self) -> str:
+        sizes = f" (by layer: {', '.join(map(str, self.ffns))})" if self.ffns else ""
         return (
-            f"{self.teacher}\n→ {self.student}\n{self.parameters_before / 1e6:.1f}M → "
+            f"{self.teacher}\n→ {self.student}{sizes}\n{self.parameters_before / 1e6:.1f}M → "
             f"{self.parameters_after / 1e6:.1f}M parameters (−{self.removed:.1%}); {self.reason}"
         )
+
+
+def per_layer(plan: Plan, sizes: list[int], extras: Extras) -> Plan:
+    """The plan with FFN sizes of their own for the layers that stay."""
+    shape = msgspec.structs.replace(plan.student, ffn=max(sizes))
+    layers = [layer_parameters(msgspec.structs.replace(shape, ffn=size), extras) for size in sizes]
+    rest = parameters(shape, extras) - shape.layers * layer_parameters(shape, extras)
+    return msgspec.structs.replace(
+        plan,
+        student=shape,
+        ffns=sizes,
+        parameters_after=rest + sum(layers),
+        reason=f"{plan.reason}, shared out among the layers by measured damage",
+    )
 
 
 def save(plan: Plan, path: Path) -> None:
@@ -195,9 +216,14 @@ def check_layers(plan: Plan) -> None:
             f"the plan keeps {len(plan.width)} dimensions of the width",
             expected=f"{plan.student.hidden} different indices below {plan.teacher.hidden}",
         )
-    for kept in plan.layers:
+    if plan.ffns and (len(plan.ffns) != len(order) or max(plan.ffns) != plan.student.ffn):
+        raise ModelError(
+            f"the plan has FFN sizes {plan.ffns}",
+            expected=f"one for each of {len(order)} layers, {plan.student.ffn} at most",
+        )
+    for place, kept in enumerate(plan.layers):
         for name, indices, count, most in (
-            ("channels", kept.channels, plan.student.ffn, plan.teacher.ffn),
+            ("channels", kept.channels, plan.ffn(place), plan.teacher.ffn),
             ("heads", kept.heads, plan.student.heads, plan.teacher.heads),
             ("KV heads", kept.kv_heads, plan.student.kv_heads, plan.teacher.kv_heads),
         ):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import (
@@ -35,6 +36,7 @@ from understudy.compress.decoder import (
     layers_of,
     set_linear,
     shape_of,
+    write_ffn_sizes,
     write_shape,
 )
 from understudy.compress.depth import choose_layers
@@ -101,6 +103,8 @@ def prune(
             width = plan.width or choose_width(model, batches, plan.student.hidden)
             narrow(model, width, batches, Refit(method.refit, method.ridge, method.pull), progress)
             write_shape(model, plan.student, kept)
+    if plan.ffns:
+        pad_channels(model, plan.ffns)
     return msgspec.structs.replace(plan, layers=done, width=width)
 
 
@@ -118,7 +122,8 @@ def _sweep(
     for index, layer in enumerate(layers):
         if index in kept:
             given = plan.layers[len(done)] if plan.layers else None
-            done.append(sweep.layer(index, layer, given, taylor[index] if taylor else None))
+            size = plan.ffn(len(done))
+            done.append(sweep.layer(index, layer, _Wanted(size, given, taylor[index] if taylor else None)))
         else:
             sweep.skip(index, layer)
         progress("prune", index + 1, len(layers), f"layer {index + 1} of {len(layers)}")
@@ -136,6 +141,16 @@ def _check(model: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None
         raise ModelError("no calibration text", expected="at least one window of tokens")
 
 
+class _Wanted(NamedTuple):
+    """What is to become of one layer."""
+
+    ffn: int
+    given: LayerPlan | None
+    """Indices to apply; None: choose."""
+    taylor: Tensor | None
+    """Scores of its channels, where that is the method."""
+
+
 class _Sweep:
     """One pass through the layers, the pruned stream beside the teacher's."""
 
@@ -150,11 +165,11 @@ class _Sweep:
         for attention in (True, False):
             self._advance_teacher(index, layer, attention=attention)
 
-    def layer(self, index: int, layer: Layer, given: LayerPlan | None, taylor: Tensor | None) -> LayerPlan:
+    def layer(self, index: int, layer: Layer, wanted: _Wanted) -> LayerPlan:
         follows = self.teacher is not None and not layer.writes_through_norm
         original = Layer(copy.deepcopy(layer.module), layer.family) if follows else None
-        heads = self._attention(index, layer, original, given)
-        channels = self._feed_forward(index, layer, original, given, taylor)
+        heads = self._attention(index, layer, original, wanted.given)
+        channels = self._feed_forward(index, layer, original, wanted)
         return LayerPlan(layer=index, channels=channels, heads=heads.query, kv_heads=heads.kv)
 
     def _attention(self, index: int, layer: Layer, original: Layer | None, given: LayerPlan | None) -> Heads:
@@ -187,24 +202,17 @@ class _Sweep:
             ridge=self.method.ridge,
         )
 
-    def _feed_forward(
-        self,
-        index: int,
-        layer: Layer,
-        original: Layer | None,
-        given: LayerPlan | None,
-        taylor: Tensor | None,
-    ) -> list[int]:
+    def _feed_forward(self, index: int, layer: Layer, original: Layer | None, wanted: _Wanted) -> list[int]:
         self._reread(layer.read_feed_forward, (layer.gate, layer.up), original)
         ahead = self._advance_teacher(index, original, attention=False)
-        untouched = self.plan.student.ffn == self.plan.teacher.ffn
+        untouched = wanted.ffn == self.plan.teacher.ffn
         if untouched and not (self.drifted and ahead):
             self.stream.advance(feed_forward_of(layer), index)
             return list(range(self.plan.teacher.ffn))
         gram = observe(layer.down, self.stream, feed_forward_of(layer), index, ahead)
         block = Gated(layer.gate.weight, layer.up.weight, layer.down.weight)
-        scores = channel_scores(self.method.score, block, gram, taylor)
-        channels = given.channels if given else top(scores, self.plan.student.ffn)
+        scores = channel_scores(self.method.score, block, gram, wanted.taylor)
+        channels = wanted.given.channels if wanted.given else top(scores, wanted.ffn)
         cut_channels(layer, channels, self._refit(layer.down, gram, channels))
         self._go_on(gram, channels, layer.write_feed_forward, feed_forward_of(layer), index)
         return channels
@@ -247,6 +255,22 @@ def cut_channels(layer: Layer, keep: list[int], down: Tensor) -> None:
     for reader in (layer.gate, layer.up):
         _keep_rows(reader, keep)
     set_linear(layer.down, down, bias_of(layer.down))
+
+
+def pad_channels(model: PreTrainedModel, sizes: list[int]) -> None:
+    """Fill layers of different sizes up with zero channels, so that they are one standard checkpoint again.
+
+    The sizes are noted in the configuration as `ffn_per_layer`, and GGUF export leaves the padding out.
+    """
+    most = max(sizes)
+    for layer in layers_of(model):
+        more = most - layer.down.in_features
+        for reader in (layer.gate, layer.up):
+            bias = bias_of(reader)
+            padded = None if bias is None else functional.pad(bias, (0, more))
+            set_linear(reader, functional.pad(reader.weight, (0, 0, 0, more)), padded)
+        set_linear(layer.down, functional.pad(layer.down.weight, (0, more)), bias_of(layer.down))
+    write_ffn_sizes(model, sizes)
 
 
 def cut_heads(layer: Layer, heads: Heads, head_dim: int, out: Tensor) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from understudy.compress import checkpoint, distill
 from understudy.compress import plan as plans
+from understudy.compress.allocation import allocate, curves
 from understudy.compress.card import model_card
 from understudy.compress.corpus import (
     Batch,
@@ -32,7 +33,7 @@ from understudy.compress.plan import Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import Method, prune
 from understudy.compress.teacher import LiveTeacher
-from understudy.errors import ModelError
+from understudy.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: int = 0
     hidden: int = 0
     layers: int = 0
+    shape: Literal["uniform", "per-layer"] = "uniform"
 
 
 class PruneJob(NamedTuple):
@@ -77,14 +79,15 @@ def prune_only(
     Raises InputError or ModelError for sizes, a plan, a teacher or texts that cannot be used.
     """
     loaded = checkpoint.load(job.teacher)
-    plan = plans.load(job.plan) if job.plan else decided(shape_of(loaded.model), loaded, job.sizes)
+    calibration = take(job.texts(loaded.tokenizer), job.tokens, job.seed)
+    texts = batched(calibration, LEAST_TOKENS)
+    plan = plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, texts, progress)
     show(plan)
     path = job.out.with_name(job.out.name + ".plan.json")
     plans.save(plan, path)
     if dry_run:
         return plan
-    calibration = take(job.texts(loaded.tokenizer), job.tokens, job.seed)
-    plan = prune(loaded.model, plan, batched(calibration, LEAST_TOKENS), job.method, progress)
+    plan = prune(loaded.model, plan, texts, job.method, progress)
     plans.save(plan, path)
     facts = [
         f"teacher {loaded.source} ({loaded.digest[:16]})",
@@ -93,6 +96,21 @@ def prune_only(
     card = model_card(plan, facts)
     checkpoint.save(loaded.model, loaded.tokenizer, job.out, card=card, licence_from=loaded.folder)
     return plan
+
+
+def _planned(loaded: checkpoint.Loaded, sizes: Sizes, texts: list[Batch], progress: Progress) -> Plan:
+    plan = decided(shape_of(loaded.model), loaded, sizes)
+    if sizes.shape == "uniform":
+        return plan
+    if plan.student.layers < plan.teacher.layers:
+        raise InputError(
+            f"layers = {plan.student.layers} with sizes per layer",
+            expected="all layers: how sizes are shared out is measured with each of them in its place",
+        )
+    extras, found = extras_of(loaded.model), curves(loaded.model, texts, progress)
+    step = min(plans.MULTIPLE, plan.student.ffn)
+    total = plan.student.ffn * plan.student.layers
+    return plans.per_layer(plan, allocate(found, plan.teacher.ffn, total, step), extras)
 
 
 def decided(shape: Shape, loaded: checkpoint.Loaded, sizes: Sizes) -> Plan:

@@ -166,8 +166,9 @@ class _Tensor(NamedTuple):
 
 def _plan(source: _Checkpoint, family: layout.Family, shape: layout.Shape, kind: str) -> list[_Tensor]:
     places = layout.places(family, shape, source.names)
-    plan = [_tensor(place, source.shape(place.source), kind) for place in places]
-    _check_shapes(plan, shape)
+    _check_shapes([_tensor(place, source.shape(place.source), kind) for place in places], shape)
+    shapes = [layout.cut_shape(place, source.shape(place.source)) for place in places]
+    plan = [_tensor(place, size, kind) for place, size in zip(places, shapes, strict=True)]
     factors = layout.rope_factors(source.config, shape)
     if factors is not None:
         rope = _tensor(layout.Place("rope_freqs.weight", ""), factors.shape, "f32")
@@ -260,6 +261,8 @@ def _describe(
             writer.add_string(name, value)
         elif isinstance(value, float):
             writer.add_float32(name, value)
+        elif isinstance(value, list):
+            writer.add_array(name, cast(list[int], value))
         else:
             writer.add_uint32(name, value)
     tokenizer = source.tokenizer()

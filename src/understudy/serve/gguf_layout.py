@@ -75,6 +75,8 @@ class Place(NamedTuple):
     """Heads whose rotary rows are reordered; 0: none."""
     offset: float = 0.0
     """Added to the weights."""
+    channels: int = 0
+    """FFN channels that are no padding: rows of gate and up, columns of down; 0: not cut."""
 
 
 class Shape(NamedTuple):
@@ -88,6 +90,8 @@ class Shape(NamedTuple):
     head_dim: int
     vocabulary: int
     tied: bool
+    ffns: tuple[int, ...] = ()
+    """FFN channels of each layer where they differ; the checkpoint is padded to ``ffn``."""
 
 
 def family_of(config: Json) -> Family:
@@ -99,7 +103,18 @@ def family_of(config: Json) -> Family:
             expected="one of: " + ", ".join(sorted(FAMILIES)),
             next_step="serve the checkpoint folder as it is, or convert it with llama.cpp's own tools",
         )
-    return FAMILIES[kind]
+    return FAMILIES[kind] if not config.get("ffn_per_layer") else _by_layer(kind)
+
+
+def _by_layer(kind: str) -> Family:
+    """`deci`, the plain decoder with a shape for each layer; rotary pairs as in llama."""
+    if FAMILIES[kind].norms != _LLAMA_NORMS:
+        raise ModelError(
+            f"{kind} with FFN sizes per layer cannot be exported",
+            expected="a family without extra norms: llama.cpp's architecture for it (deci) has none",
+            next_step="prune with --shape uniform",
+        )
+    return Family("deci", True, _LLAMA_NORMS)
 
 
 def shape_of(config: Json) -> Shape:
@@ -115,6 +130,7 @@ def shape_of(config: Json) -> Shape:
             head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
             vocabulary=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", config.get("model_type") == "gemma3_text")),
+            ffns=tuple(int(size) for size in config.get("ffn_per_layer") or ()),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"config.json: {error} is missing or wrong", expected="a whole config") from error
@@ -150,11 +166,23 @@ def _layer(family: Family, shape: Shape, layer: int, names: set[str]) -> list[Pl
         for part in ("weight", "bias"):
             name = f"layers.{layer}.{source}.{part}"
             if part == "weight" or name in names:
-                found.append(Place(f"blk.{layer}.{target}.{part}", name, heads))
+                cut = shape.ffns[layer] if shape.ffns and _has_channels(source, part) else 0
+                found.append(Place(f"blk.{layer}.{target}.{part}", name, heads, channels=cut))
     for source, target in family.norms.items():
         name = f"layers.{layer}.{source}.weight"
         found.append(Place(f"blk.{layer}.{target}.weight", name, offset=family.norm_offset))
     return found
+
+
+def _has_channels(source: str, part: str) -> bool:
+    return source in ("mlp.gate_proj", "mlp.up_proj") or (source == "mlp.down_proj" and part == "weight")
+
+
+def cut_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A tensor's shape without padding."""
+    if not place.channels:
+        return shape
+    return (*shape[:-1], place.channels) if "ffn_down" in place.name else (place.channels, *shape[1:])
 
 
 def arrange(place: Place, weight: Array) -> Array:
@@ -163,11 +191,12 @@ def arrange(place: Place, weight: Array) -> Array:
         # transformers pairs rotary dimension i with i + d/2, llama.cpp's llama pairs 2i with 2i + 1
         halves = weight.reshape(place.heads, 2, -1, *weight.shape[1:])
         weight = halves.swapaxes(1, 2).reshape(weight.shape)
+    weight = weight[tuple(slice(size) for size in cut_shape(place, weight.shape))]
     return weight + np.float32(place.offset) if place.offset else weight
 
 
 def metadata(config: Json, family: Family, shape: Shape) -> dict[str, Any]:
-    """Hyper-parameters under the architecture's prefix; int, float and str values."""
+    """Hyper-parameters under the architecture's prefix; int, float, str and list values."""
     rope = _rope(config)
     values: dict[str, Any] = {
         "block_count": shape.layers,
@@ -183,6 +212,10 @@ def metadata(config: Json, family: Family, shape: Shape) -> dict[str, Any]:
         "rope.dimension_count": shape.head_dim,
         "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
     }
+    if shape.ffns:
+        values["feed_forward_length"] = list(shape.ffns)
+        values["attention.head_count"] = [shape.heads] * shape.layers
+        values["attention.head_count_kv"] = [shape.kv_heads] * shape.layers
     values |= _rope_scaling(rope)
     if family.architecture == "gemma3":
         values |= _gemma(config, shape)

@@ -2,7 +2,7 @@
 
 llama.cpp's server reports logprobs of generated tokens only, so this calls the C functions that the
 `xllamacpp` library exports. No header comes with it: parameter structs are taken as opaque blobs from
-llama.cpp's own `*_default_params`, and only four leading fields, checked first, are changed; anything
+llama.cpp's own `*_default_params`, and only seven fields, checked first, are changed; anything
 unexpected raises ModelError instead of guessing. The weights are mapped from the same file, so their pages
 are shared with the server.
 
@@ -202,11 +202,25 @@ def _likeliest(logits: npt.NDArray[np.float32], top: int) -> npt.NDArray[np.int6
     return np.take_along_axis(some, order, axis=1)
 
 
+_FLASH_ATTENTION = 52
+"""Byte offset in llama_context_params of flash_attn_type (−1 automatic, 0 off), the last of four enums."""
+_CACHE_TYPES = 104
+"""Of type_k and type_v: ggml types, 0 F32, 1 F16."""
+
+
+def _known(params: _Blob) -> bool:
+    """Whether the defaults stand where this file writes."""
+    sizes = struct.unpack_from("<4I", params.bytes)
+    enums = struct.unpack_from("<4i", params.bytes, _FLASH_ATTENTION - 12)
+    types = struct.unpack_from("<2i", params.bytes, _CACHE_TYPES)
+    return (sizes, enums, types) == ((512, 2048, 512, 1), (-1, -1, -1, -1), (1, 1))
+
+
 def open_scorer(path: Path, context: int, threads: int) -> LlamaScorer:
     """A scorer for a GGUF file. Raises ModelError when the file or this build of llama.cpp will not do."""
     llama = _library()
     params = llama.llama_context_default_params()
-    if struct.unpack_from("<4I", params.bytes) != (512, 2048, 512, 1):
+    if not _known(params):
         raise _incompatible("llama_context_params has changed")
     model = llama.llama_model_load_from_file(str(path).encode(), llama.llama_model_default_params())
     if not model:
@@ -214,6 +228,9 @@ def open_scorer(path: Path, context: int, threads: int) -> LlamaScorer:
     vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
     rows = max(16, min(context, 512, LOGIT_BYTES // (4 * vocabulary)))
     struct.pack_into("<4I", params.bytes, 0, context, rows, rows, 1)
+    # keys and values in F32, without flash attention: in F16 a log-probability is off by up to 0.1
+    struct.pack_into("<i", params.bytes, _FLASH_ATTENTION, 0)
+    struct.pack_into("<2i", params.bytes, _CACHE_TYPES, 0, 0)
     handle = llama.llama_init_from_model(model, params)
     if not handle or llama.llama_n_ctx(handle) < context or llama.llama_n_batch(handle) != rows:
         llama.llama_model_free(model)
