@@ -55,7 +55,8 @@ $(STAMPS)/demo: demo/requirements.lock | $(STAMPS)/torch
 	@touch $@
 
 # Peers measured beside us are no dependency of the product; those that cannot be installed are left out and named.
-$(STAMPS)/bench: bench/requirements.txt | $(STAMPS)/installed
+$(STAMPS)/bench: bench/requirements.txt bench/gateway-peers.txt | $(STAMPS)/installed
 	@echo "installing peers to measure beside …"
 	-$(PIP) -r bench/requirements.txt
+	-$(PYTHON) -m venv $(VENV)/peers && $(VENV)/peers/bin/python -m pip install --quiet --progress-bar off -r bench/gateway-peers.txt
 	@touch $@

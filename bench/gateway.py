@@ -1,11 +1,15 @@
-"""What the gateway costs: CPU per request, added latency, memory. Prints Markdown.
+"""What the gateway costs beside its peers: CPU per request, added latency, memory. Prints Markdown.
 
 Three processes besides this one: a fake upstream and a load generator, both raw protocols so that they cost
-little, and `understudy up` between them with routing and durable recording on. CPU is the gateway process's
-own (utime + stime of /proc, all its threads); the indexer, a process of its own, is told apart. Latency is
-measured at a fixed rate from the moment a request was due, with and without the gateway.
+little, and between them `understudy up` with keys, routing and durable recording on, or LiteLLM's proxy with
+a key and no recording. TensorZero runs embedded in a process of its own (tensorzero_peer.py), not recording.
+CPU is the gateway process's own (utime + stime of /proc, all its threads); the indexer, a process of its own,
+is told apart. Latency is measured at a fixed rate from the moment a request was due, with and without us.
 
-`--requests N` sets the length of the memory run (1,000,000 in the figures we quote). It ignores peers.
+`--requests N` sets the length of the memory run (1,000,000 in the figures we quote). Peers come from an
+environment of their own, `--peers FOLDER` (bench/gateway-peers.txt says which): they must not change what we
+are installed with. One that is not there is named as missing. It ignores what recording costs afterwards
+(recording.py).
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +34,9 @@ from typing import Any, NamedTuple, cast
 
 import uvloop
 
+from understudy.traffic.store import open_store
+
+HERE = Path(__file__).parent
 SPAWN = multiprocessing.get_context("spawn")
 TICKS = os.sysconf("SC_CLK_TCK")
 PATH = "/v1/chat/completions"
@@ -38,6 +47,7 @@ CONFIG = """
 [gateway]
 listen = "127.0.0.1:0"
 record = "{record}"
+require_key = true
 [endpoints.local]
 base_url = "http://127.0.0.1:{port}/v1"
 api_key = "env:BENCH_KEY"
@@ -46,7 +56,15 @@ model = "local/a-model"
 """
 
 
-def request(kind: str) -> bytes:
+LITELLM = """
+model_list:
+  - model_name: assistant
+    litellm_params: {{model: openai/a-model, api_base: "http://127.0.0.1:{port}/v1", api_key: sk-bench}}
+general_settings: {{master_key: sk-client}}
+"""
+
+
+def request(kind: str, secret: str) -> bytes:
     """A chat request of about 1.3 KB with the headers an SDK sends."""
     messages = [
         {"role": "system", "content": "You answer briefly. " * 20},
@@ -65,7 +83,7 @@ def request(kind: str) -> bytes:
         "User-Agent: OpenAI/Python 2.0.0",
         "X-Stainless-Lang: python",
         "X-Stainless-OS: Linux",
-        "Authorization: Bearer sk-client",
+        f"Authorization: Bearer {secret}",
         f"Content-Length: {len(raw)}",
     ]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + raw
@@ -125,13 +143,15 @@ class FakeUpstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.buffer += data
         head, found, rest = self.buffer.partition(b"\r\n\r\n")
-        if not found or len(rest) < int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]):
+        length = re.search(rb"(?i)content-length: *(\d+)", head)  # a peer's health check has none
+        if not found or (length and len(rest) < int(length[1])):
             return
         self.buffer = b""
         if b'"paced"' in rest:
             self.send(0)
         else:
-            self.transport.write(self.whole if b'"stream": true' in rest else self.answer)
+            streams = b'"stream":true' in rest.replace(b" ", b"")
+            self.transport.write(self.whole if streams else self.answer)
 
     def send(self, place: int) -> None:
         if not self.transport.is_closing():
@@ -159,13 +179,15 @@ class Load(NamedTuple):
     connections: int
     rate: float
     """Requests per second; 0: as fast as they are answered."""
+    secret: str = "sk-client"
 
 
 class Client(asyncio.Protocol):
     """One connection; calls ``done`` with the seconds since the request was due."""
 
-    def __init__(self, kind: str, done: Callable[[Client, float], None]) -> None:
-        self.wire = request(kind)
+    def __init__(self, load: Load, done: Callable[[Client, float], None]) -> None:
+        kind = load.kind
+        self.wire = request(kind, load.secret)
         # a stream that came in one piece is given its length, so it may end without a last chunk
         self.ends = (b"\n0\r\n\r\n", b"[DONE]\n\n") if kind != "json" else (b"}",)
         self.done = done
@@ -217,7 +239,7 @@ async def drive(load: Load) -> list[float]:
             idle.append(client)
 
     for _ in range(load.connections):
-        _, client = await loop.create_connection(lambda: Client(load.kind, done), "127.0.0.1", load.port)
+        _, client = await loop.create_connection(lambda: Client(load, done), "127.0.0.1", load.port)
         idle.append(client)
     if load.rate == 0:
         sent = load.connections
@@ -259,11 +281,21 @@ def indexer_of(pid: int) -> int:
     return next(int(c) for c in children if "resource_tracker" not in Path(f"/proc/{c}/cmdline").read_text())
 
 
+class Running(NamedTuple):
+    """A gateway under test."""
+
+    port: int
+    pid: int
+    secret: str
+
+
 @contextmanager
-def gateway(folder: Path, upstream_port: int, record: str) -> Iterator[tuple[int, int]]:
-    """`understudy up` in a folder of its own; yields (port, pid)."""
+def gateway(folder: Path, upstream_port: int, record: str) -> Iterator[Running]:
+    """`understudy up` in a folder of its own, with a key."""
     folder.mkdir()
     (folder / "understudy.toml").write_text(CONFIG.format(port=upstream_port, record=record))
+    with open_store("sqlite:///understudy.db", folder) as store:
+        secret = store.create_key("bench").secret
     process = subprocess.Popen(
         [sys.executable, "-m", "understudy", "up", "--json"],
         cwd=folder,
@@ -273,10 +305,48 @@ def gateway(folder: Path, upstream_port: int, record: str) -> Iterator[tuple[int
     try:
         assert process.stdout is not None
         ready = json.loads(process.stdout.readline())
-        yield int(ready["url"].rpartition(":")[2].split("/")[0]), process.pid
+        yield Running(int(ready["url"].rpartition(":")[2].split("/")[0]), process.pid, secret)
     finally:
         process.terminate()
         process.communicate()
+
+
+@contextmanager
+def litellm(peers: Path, folder: Path, upstream_port: int) -> Iterator[Running]:
+    """LiteLLM's proxy, one worker. Raises OSError where it is missing or ends, TimeoutError for silence."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(LITELLM.format(port=upstream_port))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [peers / "bin" / "litellm", "--config", "config.yaml", "--host", "127.0.0.1"]
+    # what it says goes to a file: a pipe nobody reads would stop it
+    with (folder / "log").open("wb") as log:
+        arguments = [*command, "--port", str(port)]
+        process = subprocess.Popen(arguments, cwd=folder, stdout=log, stderr=log, env=_without_ours())
+    try:
+        _await_port(port, process)
+        yield Running(port, process.pid, "sk-client")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _without_ours() -> dict[str, str]:
+    """The environment without what would show a peer our own packages, or have it phone home."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**kept, "LITELLM_LOG": "ERROR", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "BENCH_KEY": "sk-bench"}
+
+
+def _await_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            raise OSError(f"it ended with code {process.returncode}")
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError("nothing listens after a minute")
 
 
 class Bench:
@@ -293,57 +363,96 @@ class Bench:
         self.load.send(load)
         return self.load.recv()
 
-    def cpu(self, port: int, pid: int, kind: str, count: int) -> float:
+    def cpu(self, running: Running, kind: str, count: int) -> float:
         """CPU-microseconds of the gateway per request, after a warm-up."""
         connections = 64 if kind == "paced" else 16
-        self.run(Load(port, kind, count // 5, connections, 0))
-        before = cpu_s(pid)
-        self.run(Load(port, kind, count, connections, 0))
-        return (cpu_s(pid) - before) / count * 1e6
+        load = Load(running.port, kind, count // 5, connections, 0, running.secret)
+        self.run(load)
+        before = cpu_s(running.pid)
+        self.run(load._replace(count=count))
+        return (cpu_s(running.pid) - before) / count * 1e6
 
-    def added_ms(self, port: int, rate: int, count: int) -> tuple[float, float]:
-        """What the gateway adds to the median and to the 99th percentile, in milliseconds."""
-        direct = self.run(Load(self.upstream_port, "json", count, 64, rate))
-        through = self.run(Load(port, "json", count, 64, rate))
-        quantiles = [statistics.quantiles(x, n=100) for x in (direct, through)]
-        return tuple((quantiles[1][q] - quantiles[0][q]) * 1e3 for q in (49, 98))  # type: ignore[return-value]
+    def quantiles_ms(self, load: Load) -> tuple[float, float]:
+        """Median and 99th percentile of the time from due to answered, in milliseconds."""
+        cuts = statistics.quantiles(self.run(load), n=100)
+        return cuts[49] * 1e3, cuts[98] * 1e3
 
 
-def cpu_table(bench: Bench, folder: Path, count: int) -> list[str]:
+KINDS = ("json", "stream", "paced")
+
+
+def cpu_table(bench: Bench, folder: Path, count: int, peers: Path) -> list[str]:
     rows = [
-        "| recording | JSON | 31 events in one write | 31 events, 2 ms apart |",
+        "| | JSON | 31 events in one write | 31 events, 2 ms apart |",
         "| --- | --- | --- | --- |",
     ]
     for record in ("buffered", "metadata", "strict"):
         print(f"CPU, record = {record} …", file=sys.stderr, flush=True)
-        with gateway(folder / record, bench.upstream_port, record) as (port, pid):
-            figures = [
-                bench.cpu(port, pid, *run)
-                for run in (("json", count), ("stream", count), ("paced", count // 4))
-            ]
-        rows.append(f"| {record} | " + " | ".join(f"{figure:.0f}" for figure in figures) + " |")
+        with gateway(folder / record, bench.upstream_port, record) as running:
+            rows.append(_row(f"understudy, {record}", _costs(bench, running, count)))
+    rows.append(_tensorzero_row(bench, peers, count))
+    rows.append(_litellm_row(bench, peers, folder / "litellm", count))
     return rows
 
 
+def _costs(bench: Bench, running: Running, count: int) -> list[float]:
+    counts = {"json": count, "stream": count, "paced": max(64, count // 4)}
+    return [bench.cpu(running, kind, counts[kind]) for kind in KINDS]
+
+
+def _row(name: str, figures: list[float]) -> str:
+    return f"| {name} | " + " | ".join(f"{figure:,.0f}" for figure in figures) + " |"
+
+
+def _tensorzero_row(bench: Bench, peers: Path, count: int) -> str:
+    print("CPU, TensorZero …", file=sys.stderr, flush=True)
+    figures: list[float] = []
+    for kind in KINDS:
+        script = [peers / "bin" / "python", HERE / "tensorzero_peer.py"]
+        command = [*script, str(bench.upstream_port), kind, str(count)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=_without_ours(), timeout=300)
+            figures.append(float(done.stdout.split()[-1]))
+        except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+            return f"| TensorZero: not measured ({type(error).__name__}: {error}) | | | |"
+    return _row("TensorZero, embedded, not recording", figures)
+
+
+def _litellm_row(bench: Bench, peers: Path, folder: Path, count: int) -> str:
+    print("CPU, LiteLLM …", file=sys.stderr, flush=True)
+    try:
+        with litellm(peers, folder, bench.upstream_port) as running:
+            return _row("LiteLLM's proxy, not recording", _costs(bench, running, max(160, count // 20)))
+    except (OSError, TimeoutError) as error:
+        return f"| LiteLLM: not measured ({error}) | | | |"
+
+
 def latency_table(bench: Bench, folder: Path, seconds: int) -> list[str]:
-    rows = ["| requests/s | added p50, ms | added p99, ms |", "| --- | --- | --- |"]
-    with gateway(folder / "latency", bench.upstream_port, "buffered") as (port, _):
+    rows = [
+        "| requests/s | p50 and p99 without, ms | with the gateway | added p50 | added p99 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    with gateway(folder / "latency", bench.upstream_port, "buffered") as running:
         for rate in (1000, 5000):
             print(f"latency at {rate}/s …", file=sys.stderr, flush=True)
-            p50, p99 = bench.added_ms(port, rate, rate * seconds)
-            rows.append(f"| {rate:,} | {p50:.2f} | {p99:.2f} |")
+            load = Load(bench.upstream_port, "json", rate * seconds, 64, rate, running.secret)
+            direct, through = bench.quantiles_ms(load), bench.quantiles_ms(load._replace(port=running.port))
+            added = [b - a for a, b in zip(direct, through, strict=True)]
+            shown = [f"{a:.2f} / {b:.2f}" for a, b in (direct, through)]
+            rows.append(f"| {rate:,} | {shown[0]} | {shown[1]} | {added[0]:.2f} | {added[1]:.2f} |")
     return rows
 
 
 def memory_lines(bench: Bench, folder: Path, count: int) -> list[str]:
     print(f"memory over {count:,} requests …", file=sys.stderr, flush=True)
-    with gateway(folder / "memory", bench.upstream_port, "buffered") as (port, pid):
-        bench.run(Load(port, "json", 5000, 16, 0))
-        before = rss_mib(pid)
+    with gateway(folder / "memory", bench.upstream_port, "buffered") as running:
+        load = Load(running.port, "json", 5000, 16, 0, running.secret)
+        bench.run(load)
+        before = rss_mib(running.pid)
         begun = time.perf_counter()
-        bench.run(Load(port, "json", count, 16, 0))
+        bench.run(load._replace(count=count))
         rate = count / (time.perf_counter() - begun)
-        after, indexing = rss_mib(pid), cpu_s(indexer_of(pid))
+        after, indexing = rss_mib(running.pid), cpu_s(indexer_of(running.pid))
     return [
         f"RSS {before:.1f} MiB after 5,000 requests, {after:.1f} MiB after {count:,} more "
         f"({rate:,.0f} requests/s on this machine); the indexer spent {indexing:.1f} CPU-s beside it.",
@@ -357,13 +466,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=100_000, help="length of the memory run")
     parser.add_argument("--count", type=int, default=8000, help="requests per CPU figure")
     parser.add_argument("--seconds", type=int, default=5, help="length of each latency run")
+    parser.add_argument("--peers", type=Path, default=Path(sys.prefix) / "peers", help="their environment")
     options = parser.parse_args()
     bench = Bench()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts = [
-            ["CPU-µs of the gateway process per request:"],
-            cpu_table(bench, folder, options.count),
+            ["CPU-µs of the gateway process per request, a key checked:"],
+            cpu_table(bench, folder, options.count, options.peers),
             ["Latency the gateway adds (JSON, buffered recording):"],
             latency_table(bench, folder, options.seconds),
             memory_lines(bench, folder, options.requests),

@@ -12,21 +12,33 @@ counts what was lost. It ignores what the gateway costs before the answer (gatew
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import json
+import multiprocessing
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import accumulate
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import httptools
+import uvloop
+
+from gateway import Bench, request
+from understudy.config import Config, parse
+from understudy.gateway.app import start
 from understudy.protocol import Usage
 from understudy.traffic.indexer import Indexer
 from understudy.traffic.record import Attempt, Call, new_key
-from understudy.traffic.segments import SegmentWriter
+from understudy.traffic.segments import Fault, SegmentWriter, read_segment, segment_files
 from understudy.traffic.store import open_store
 
 SYSTEM = "You are a careful assistant of a shop for garden tools. Answer in one paragraph. " * 8
@@ -205,14 +217,178 @@ def storage_table(folder: Path, count: int) -> list[str]:
     return rows
 
 
+FORK = multiprocessing.get_context("fork")
+"""A gateway to kill costs a fork, not a second of imports."""
+CLIENTS = 8
+KILL_CONFIG = """
+[gateway]
+listen = "127.0.0.1:0"
+record = "{record}"
+[endpoints.local]
+base_url = "http://127.0.0.1:{port}/v1"
+[aliases.assistant]
+model = "local/a-model"
+"""
+
+
+def serve_gateway(config: Config, pipe: Connection) -> None:
+    async def main() -> None:
+        pipe.send((await start(config)).port)
+        await asyncio.Event().wait()
+
+    uvloop.run(main())
+
+
+class Asker(asyncio.Protocol):
+    """Asks again and again over one connection; notes the call of each answer that came whole."""
+
+    def __init__(self, acknowledged: int, number: int) -> None:
+        self.acknowledged = acknowledged
+        self.wire = request("stream" if number % 2 else "json", "unused")
+        self.gone = asyncio.get_running_loop().create_future()
+        self.parser = httptools.HttpResponseParser(self)
+        self.key = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.write(self.wire)
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"x-understudy-call":
+            self.key = value
+
+    def on_message_complete(self) -> None:
+        os.write(self.acknowledged, self.key + b"\n")
+        self.transport.write(self.wire)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.gone.set_result(None)
+
+
+def ask(port: int, acknowledged: Path) -> None:
+    """Load until the gateway is gone."""
+
+    async def main() -> None:
+        file = os.open(acknowledged, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            pairs = [
+                await loop.create_connection(lambda n=n: Asker(file, n), "127.0.0.1", port)
+                for n in range(CLIENTS)
+            ]
+            await asyncio.gather(*(asker.gone for _, asker in pairs))
+
+    uvloop.run(main())
+
+
+def index_for_ever(config: Config) -> None:
+    with open_store(config.store.url, config.path(".")) as store:
+        indexer = Indexer(config.path(config.store.segments), store)
+        while True:
+            indexer.run_once()
+
+
+def kill_once(config: Config, acknowledged: Path, chance: random.Random) -> None:
+    """A gateway, an indexer and clients; at a random moment the first two are killed."""
+    ours, theirs = FORK.Pipe()
+    gateway = FORK.Process(target=serve_gateway, args=(config, theirs))
+    indexer = FORK.Process(target=index_for_ever, args=(config,))
+    gateway.start()
+    clients = FORK.Process(target=ask, args=(ours.recv(), acknowledged))
+    clients.start()
+    indexer.start()
+    time.sleep(chance.uniform(0.02, 0.25))
+    for process in chance.sample([gateway, indexer], 2):
+        os.kill(process.pid or 0, signal.SIGKILL)
+    for process in (gateway, indexer, clients):
+        process.join()
+
+
+class Aftermath(NamedTuple):
+    """What became of the calls of a series of kills."""
+
+    acknowledged: int
+    stored: int
+    missing: int
+    """Acknowledged, and not in the store."""
+    doubled: int
+    """In the log more than once."""
+    damaged: int
+    """Stretches of the log that are no record."""
+
+
+def aftermath(config: Config, acknowledged: Path) -> Aftermath:
+    segments = config.path(config.store.segments)
+    records = [frame.record for path in segment_files(segments) for frame in read_segment(path)]
+    logged = [record.key for record in records if isinstance(record, Call)]
+    with open_store(config.store.url, config.path(".")) as store:
+        Indexer(segments, store).run_once()
+        kept = [stored.call.key for stored in store.calls()]
+    told = set(acknowledged.read_text().split())
+    doubled = len(logged) - len(set(logged)) + len(kept) - len(set(kept))
+    damaged = sum(isinstance(record, Fault) for record in records)
+    return Aftermath(len(told), len(kept), len(told - set(kept)), doubled, damaged)
+
+
+def kill_table(folder: Path, kills: int, seed: int) -> list[str]:
+    rows = [
+        "| record | kills | calls acknowledged | in the store | missing | doubled | damaged |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    upstream = Bench()
+    for record in ("strict", "buffered"):
+        print(f"kill -9 {kills} times, record = {record} …", file=sys.stderr, flush=True)
+        place, chance = folder / record, random.Random(seed)
+        place.mkdir()
+        config = parse(KILL_CONFIG.format(record=record, port=upstream.upstream_port), "bench", place)
+        for _ in range(kills):
+            kill_once(config, place / "acknowledged", chance)
+        found = aftermath(config, place / "acknowledged")
+        if record == "strict" and (found.missing or found.doubled or found.damaged):
+            raise SystemExit(f"strict mode lost or damaged records: {found}")
+        rows.append(f"| {record} | {kills:,} | " + " | ".join(f"{count:,}" for count in found) + " |")
+    return rows
+
+
+def loss_window(folder: Path, seconds: float = 5.0) -> str:
+    """How old a record not yet on disk gets in buffered mode: what a machine that stops would lose."""
+    writer = SegmentWriter(folder / "window", strict=False, on_full="refuse")
+    call, ages = next(singles(Words(1), 1)).call, list[float]()
+    end, oldest, syncs = time.monotonic() + seconds, time.monotonic(), 0
+    while (now := time.monotonic()) < end:
+        writer.append(call)
+        if writer.counters.syncs != syncs:
+            ages.append(now - oldest)
+            syncs, oldest = writer.counters.syncs, now
+        time.sleep(0.0005)
+    writer.close()
+    ages.sort()
+    return (
+        f"Buffered mode under steady load, {len(ages)} syncs: the oldest record that was not on disk yet was "
+        f"{ages[len(ages) // 2] * 1e3:.0f} ms old in the median and {ages[-1] * 1e3:.0f} ms at most."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--calls", type=int, default=10_000, help="calls of each kind")
+    parser.add_argument("--kills", type=int, default=1000, help="kills in each mode")
     options = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6)
     with tempfile.TemporaryDirectory() as name:
-        print("\n".join(storage_table(Path(name), options.calls)))
+        folder = Path(name)
+        parts = [
+            storage_table(folder, options.calls),
+            [f"`kill -9` at a random moment under load, gateway and indexer, seed {seed}:"],
+            kill_table(folder, options.kills, seed),
+            [loss_window(folder)],
+        ]
+    print("\n\n".join("\n".join(part) for part in parts))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from understudy.errors import StoreError
+from understudy.traffic import segments
 from understudy.traffic.record import Attempt, Call, Feedback, Record, new_key
 from understudy.traffic.segments import (
     MAGIC,
@@ -290,3 +291,28 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     assert set(acknowledged) <= set(keys)
     assert len(keys) - len(acknowledged) <= 4
     assert not any(is_open(path) for path in segment_files(tmp_path))
+
+
+def test_a_frame_completed_while_it_is_looked_at_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between finding a frame incomplete and searching for the next, its writer may write both."""
+    writer = SegmentWriter(tmp_path, strict=False, on_full="refuse")
+    wanted = [a_call(b"{}" * n) for n in range(3)]
+    for record in wanted:
+        writer.append(record)
+    writer.close()
+    path = writer.path
+    whole = path.read_bytes()
+    ends = [frame.end for frame in read_segment(path)]
+    path.write_bytes(whole[: ends[0] + 20])
+    look = segments._Reader._next
+
+    def look_and_write(reader: segments._Reader, offset: int) -> segments.Frame | str:
+        found = look(reader, offset)
+        if isinstance(found, str):
+            path.write_bytes(whole)
+        return found
+
+    monkeypatch.setattr(segments._Reader, "_next", look_and_write)
+    assert [frame.record for frame in read_segment(path)] == wanted

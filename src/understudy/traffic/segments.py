@@ -462,7 +462,12 @@ class _Reader:
         while True:
             found = self._next(offset)
             if isinstance(found, str):
-                fault = self._recover(offset, found)
+                self._file.seek(offset)
+                rest = self._file.read()
+                if self._sound(rest, 0):  # it was being written when it was first looked at
+                    self._file.seek(offset)
+                    continue
+                fault = self._recover(rest, offset, found)
                 if fault is None:
                     return
                 found = Frame(fault, offset + fault.length)
@@ -489,10 +494,8 @@ class _Reader:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             return Frame(Fault(self.path, offset, end - offset, f"not a record: {error}"), end)
 
-    def _recover(self, offset: int, reason: str) -> Fault | None:
+    def _recover(self, rest: bytes, offset: int, reason: str) -> Fault | None:
         """The fault at ``offset`` up to the next sound frame; None for the torn end of a segment."""
-        self._file.seek(offset)
-        rest = self._file.read()
         place = rest.find(self._mark, 1)
         while place >= 0 and not self._sound(rest, place):
             place = rest.find(self._mark, place + 1)
@@ -505,7 +508,9 @@ class _Reader:
     def _sound(self, rest: bytes, place: int) -> bool:
         if len(rest) - place < _FRAME.size:
             return False
-        _, length, crc = _FRAME.unpack_from(rest, place)
+        mark, length, crc = _FRAME.unpack_from(rest, place)
+        if mark != self._mark:
+            return False
         payload = rest[place + _FRAME.size : place + _FRAME.size + length]
         return len(payload) == length and crc == self._checksum(payload)
 
