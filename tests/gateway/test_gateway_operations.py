@@ -48,8 +48,9 @@ from faulty_upstream import (
 
 from understudy.config import Gateway
 from understudy.errors import AddressError, InputError
-from understudy.gateway import indexing, processes
+from understudy.gateway import following, indexing, processes
 from understudy.gateway.app import start
+from understudy.traffic.indexer import Indexer
 from understudy.traffic.record import Call
 from understudy.traffic.segments import Fault, segment_files
 from understudy.traffic.store import Store, open_store
@@ -347,6 +348,18 @@ async def test_the_indexer_takes_care_of_segments(
     await looping
     # the records themselves are new: only what stands in an old segment is thought old
     assert len(stored(tmp_path)) == 2
+
+
+async def test_how_far_the_indexer_is_behind_is_shown(
+    tmp_path: Path, upstream: FaultyUpstream, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "LAG_S", 0.0)
+    monkeypatch.setattr(following, "POLL_S", 0.01)
+    async with running(config_for(tmp_path, {"local": upstream.url})) as gateway:
+        await ask(gateway.port, chat("x" * 5000))
+        await until(lambda: gateway.plane.metrics.index_lag_bytes > 5000)
+        Indexer(tmp_path / "segments", store).run_once()
+        await until(lambda: gateway.plane.metrics.index_lag_bytes == 0)
 
 
 # TLS

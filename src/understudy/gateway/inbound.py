@@ -17,7 +17,7 @@ from typing import cast
 
 import httptools
 
-from understudy.errors import StoreError
+from understudy.errors import UserError
 from understudy.gateway import local
 from understudy.gateway.keys import KeyRing, secret_of
 from understudy.gateway.limits import Purse
@@ -239,7 +239,7 @@ class Inbound(asyncio.Protocol):
                 self._serve(request, caller)
         except Refusal as refusal:
             self.refuse(refusal)
-        except StoreError as error:
+        except UserError as error:
             self.refuse(Refusal(503, "store_unreachable", f"the key cannot be checked: {error.value}"))
 
     def _serve(self, request: Request, caller: str) -> None:

@@ -35,6 +35,8 @@ class Metrics:
         self.connections_reused = 0
         self.bytes_relayed = 0
         self.route_faults = 0
+        self.index_lag_bytes = 0
+        """Of all processes' segments, what is not in the store yet; what grows here is not kept up with."""
         self.resting: dict[str, bool] = {}
         """Endpoint -> whether it is passed over for its failures; filled in when somebody looks."""
 
@@ -55,6 +57,7 @@ class Metrics:
         page.one("in_flight", "gauge", in_flight)
         page.one("client_connections", "gauge", clients)
         page.one("route_faults", "gauge", self.route_faults)
+        page.one("index_lag_bytes", "gauge", self.index_lag_bytes)
         resting = (((("endpoint", name),), int(rests)) for name, rests in self.resting.items())
         page.add("upstream_resting", "gauge", "Upstreams passed over for their failures.", resting)
         counters = writer.counters
