@@ -280,6 +280,30 @@ async def test_usage_is_estimated_where_a_stream_does_not_say(
     assert (call.usage.prompt_tokens, call.usage.completion_tokens) == (100, 11)
 
 
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+async def test_a_clock_that_jumps_during_a_call_costs_nothing(
+    tmp_path: Path, upstream: FaultyUpstream, store: Store, monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    true = time.time
+
+    async def jump(served: Served) -> None:
+        monkeypatch.setattr(time, "time", lambda: true() + jump_s)
+        await echo(served)
+
+    upstream.script = [jump, echo]
+    async with running(config_for(tmp_path, {"local": upstream.url})) as gateway:
+        answers = [await ask(gateway.port) for _ in range(2)]
+    monkeypatch.undo()
+    assert [answer.status for answer in answers] == [200, 200]
+    before, after = calls(tmp_path)
+    for one in (before, after):
+        assert 0 <= one.total_s < 5
+        assert one.attempts[0].ended - one.attempts[0].started == pytest.approx(one.total_s, abs=0.1)
+    assert after.at - before.at == pytest.approx(jump_s, abs=5)
+    Indexer(tmp_path / "segments", store).run_once()
+    assert stored(tmp_path) == {before.key, after.key}
+
+
 @contextmanager
 def disk_full_at(size: int) -> Iterator[None]:
     """No file of this process can grow beyond ``size`` bytes; the kernel answers as for a full disk."""
