@@ -159,12 +159,15 @@ class Own(Section, frozen=True, kw_only=True):
 
     teacher: str = ""
     """Hub id, checkpoint folder, GGUF file or package:NAME/FILE."""
-    params: str = "0.75"
-    """Share of the teacher's parameters to keep (0.75) or a count (108M)."""
+    params: str = ""
+    """Share of the teacher's parameters to keep (0.75) or a count (108M). Empty and no size given: 0.75; of a
+    mixture of experts, a dense student with as many FFN channels as one token passes."""
     ffn: int = 0
     """FFN channels per layer; 0 lets `params` decide."""
     heads: int = 0
     """Query heads per layer; 0 lets `params` decide."""
+    experts: int = 0
+    """Experts per layer of a student that stays a mixture; 0 makes it dense."""
     calibration_tokens: int = 50_000
     """Tokens read to measure importance."""
     distil_tokens: int = 200_000

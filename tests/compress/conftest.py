@@ -11,13 +11,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from understudy.compress.corpus import Chat, Document, batches, encode_chat, pack
@@ -41,6 +48,24 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+ROUTED: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHARED: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "intermediate_size": 40,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 6,
+}
 CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": LlamaConfig,
     "mistral": lambda **kw: MistralConfig(**{"sliding_window": 6} | kw),
@@ -54,7 +79,32 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         }
         | kw
     ),
+    "mixtral": lambda **kw: MixtralConfig(
+        **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6} | kw
+    ),
+    "qwen2_moe": lambda **kw: Qwen2MoeConfig(**ROUTED | {"shared_expert_intermediate_size": 16} | kw),
+    "qwen3_moe": lambda **kw: Qwen3MoeConfig(
+        **kw | ROUTED | {"mlp_only_layers": [0], "intermediate_size": 40}
+    ),
+    "olmoe": lambda **kw: OlmoeConfig(**without_head_dim(kw) | ROUTED | {"clip_qkv": 1.0}),
+    "deepseek_v2": lambda **kw: DeepseekV2Config(
+        **without_head_dim(kw) | SHARED | LATENT | {"q_lora_rank": None}
+    ),
+    "deepseek_v3": lambda n_routed_experts=4, **kw: DeepseekV3Config(
+        **without_head_dim(kw)
+        | SHARED
+        | LATENT
+        | {"q_lora_rank": 12, "n_group": 2, "topk_group": 2, "n_routed_experts": n_routed_experts}
+    ),
+    "glm4_moe": lambda **kw: Glm4MoeConfig(**kw | SHARED | {"use_qk_norm": True}),
 }
+
+
+def without_head_dim(sizes: dict[str, Any]) -> dict[str, Any]:
+    """For families that derive it."""
+    return {name: size for name, size in sizes.items() if name != "head_dim"}
+
+
 Make = Callable[..., PreTrainedModel]
 
 

@@ -51,6 +51,7 @@ def _text_options(command: F) -> F:
 @click.option(
     "--score", type=click.Choice(SCORES), default="output", show_default=True, help="Of FFN channels."
 )
+@click.option("--experts", default=0, help="Experts per layer: a mixture stays one.  [default: made dense]")
 @click.option(
     "--shape",
     type=click.Choice(["uniform", "per-layer"]),
@@ -78,6 +79,7 @@ def prune(
     layers: int,
     score: Score,
     shape: Literal["uniform", "per-layer"],
+    experts: int,
     plan_file: Path | None,
     calibration: str,
     alias: str | None,
@@ -88,19 +90,21 @@ def prune(
 ) -> None:
     """Cut channels, heads, width and layers out of TEACHER (hub id, folder, GGUF file or package:NAME/FILE).
 
-    What is left is refitted on the calibration text. The plan is shown and written to OUT.plan.json first.
+    What is left is refitted on the calibration text. A mixture of experts becomes dense, by default as
+    wide as what one token passes. The plan is shown and written to OUT.plan.json first.
     """
     from understudy.compress import single
     from understudy.compress.prune import Method
 
     sizes = single.Sizes(
-        params=params or ("" if ffn or heads or kv_heads or hidden or layers else "0.75"),
+        params=params,
         ffn=ffn,
         heads=heads,
         kv_heads=kv_heads,
         hidden=hidden,
         layers=layers,
         shape=shape,
+        experts=experts,
     )
     with _bars() as progress:
         job = single.PruneJob(

@@ -8,12 +8,13 @@ memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
-from understudy.compress.families import FAMILIES, Family
+from understudy.compress.families import FAMILIES, Family, Mixture
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: int
     head_dim: int
     vocab: int
+    experts: int = 0
+    """Routed experts in a layer, whose channels ``ffn`` counts together with the shared ones'; 0: dense."""
 
     @property
     def group(self) -> int:
@@ -40,10 +43,30 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
         return self.heads // self.kv_heads
 
     def __str__(self) -> str:
+        experts = f" in {self.experts} experts" if self.experts > 1 else ""
         return (
-            f"{self.layers} layers, width {self.hidden}, FFN {self.ffn}, "
+            f"{self.layers} layers, width {self.hidden}, FFN {self.ffn}{experts}, "
             f"{self.heads} query / {self.kv_heads} KV heads of {self.head_dim}"
         )
+
+
+class Mixed(NamedTuple):
+    """What only a mixture of experts has."""
+
+    expert_ffn: int
+    """Channels of one routed expert."""
+    active: int
+    """Channels that one token passes, shared ones included."""
+    least: int
+    """Fewest routed experts that the router can choose among."""
+    groups: int
+    """Equal groups of experts that the router chooses among first."""
+    shared_gate: bool
+    plain: int
+    """Layers that don't route."""
+    plain_ffn: int
+    dense_experts: int
+    """As `Mixture.dense_experts`."""
 
 
 class Extras(NamedTuple):
@@ -59,6 +82,9 @@ class Extras(NamedTuple):
     """Norms of the full width in one layer."""
     heads_divide_width: bool
     """As `Family.heads_divide_width`."""
+    attention: int = 0
+    """Parameters of a layer's attention where heads are fixed; 0: they follow from the heads."""
+    mixed: Mixed | None = None
 
 
 def bias_of(linear: nn.Linear) -> nn.Parameter | None:
@@ -85,6 +111,11 @@ class Layer:
 
     def linear(self, path: str) -> nn.Linear:
         return cast("nn.Linear", self.module.get_submodule(path))
+
+    @property
+    def attention_readers(self) -> list[nn.Linear]:
+        """The attention branch's projections that read the stream."""
+        return self.family.readers(self.module)
 
     @property
     def q(self) -> nn.Linear:
@@ -250,61 +281,110 @@ def softcap_of(model: PreTrainedModel) -> float:
     return float(getattr(family_of(model).config(model), "final_logit_softcapping", None) or 0.0)
 
 
+def mixture_of(model: PreTrainedModel) -> Mixture | None:
+    """The adapter of a model that routes in at least one layer; None for a dense one."""
+    family = family_of(model)
+    return family if isinstance(family, Mixture) and _sparse_layers(model, family) else None
+
+
+def _sparse_layers(model: PreTrainedModel, family: Mixture) -> list[nn.Module]:
+    return [layer for layer in family.body(model).layers if family.sparse(layer)]
+
+
 def shape_of(model: PreTrainedModel) -> Shape:
     """The shape as the weights have it, which the configuration must agree with."""
-    config, layers = family_of(model).config(model), layers_of(model)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    first = layers[0]
+    family, layers = family_of(model), layers_of(model)
+    heads, kv_heads, head_dim = family.heads(model)
+    mixture = mixture_of(model)
+    pool = mixture.pool(_sparse_layers(model, mixture)[0]) if mixture else []
     return Shape(
         layers=len(layers),
-        hidden=first.down.out_features,
-        ffn=first.down.in_features,
-        heads=first.o.in_features // head_dim,
-        kv_heads=first.k.out_features // head_dim,
+        hidden=layers[0].o.out_features,
+        ffn=sum(len(expert.gate) for expert in pool) or layers[0].down.in_features,
+        heads=heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=int(head_weight(model).shape[0]),
+        experts=len(pool) - bool(mixture.shared) if mixture else 0,
     )
 
 
 def extras_of(model: PreTrainedModel) -> Extras:
-    layer = layers_of(model)[0]
-    family = layer.family
+    family, layer = family_of(model), layers_of(model)[0]
+    attention = layer.module.get_submodule(family.attention)
+    mixture = mixture_of(model)
+    fixed = family.heads_fixed
     return Extras(
         tied=bool(family.config(model).tie_word_embeddings),
-        q_bias=bias_of(layer.q) is not None,
-        kv_bias=bias_of(layer.k) is not None,
-        o_bias=bias_of(layer.o) is not None,
-        ffn_bias=bias_of(layer.down) is not None,
-        qk_norms=hasattr(layer.module.get_submodule(family.attention), "q_norm"),
+        q_bias=not fixed and bias_of(layer.q) is not None,
+        kv_bias=not fixed and bias_of(layer.k) is not None,
+        o_bias=not fixed and bias_of(layer.o) is not None,
+        ffn_bias=not isinstance(family, Mixture) and bias_of(layer.down) is not None,
+        qk_norms=hasattr(attention, "q_norm"),
         norms=len(family.norms),
         heads_divide_width=family.heads_divide_width,
+        attention=sum(p.numel() for p in attention.parameters()) if fixed else 0,
+        mixed=_mixed(model, mixture) if mixture else None,
+    )
+
+
+def _mixed(model: PreTrainedModel, mixture: Mixture) -> Mixed:
+    config, layers = mixture.config(model), layers_of(model)
+    pool = mixture.pool(_sparse_layers(model, mixture)[0])
+    plain = [layer for layer in layers if not mixture.sparse(layer.module)]
+    top, groups = int(config.num_experts_per_tok), int(getattr(config, "n_group", None) or 1)
+    in_group = math.ceil(top / int(getattr(config, "topk_group", None) or 1))
+    shared = len(pool[-1].gate) if mixture.shared else 0
+    return Mixed(
+        expert_ffn=len(pool[0].gate),
+        active=top * len(pool[0].gate) + shared,
+        least=groups * max(in_group, min(2, top)),
+        groups=groups,
+        shared_gate=bool(mixture.shared_gate),
+        plain=len(plain),
+        plain_ffn=plain[0].down.in_features if plain else 0,
+        dense_experts=mixture.dense_experts,
     )
 
 
 def layer_parameters(shape: Shape, extras: Extras) -> int:
-    """Parameters of one decoder layer of this shape."""
+    """Parameters of one decoder layer of this shape; of a mixture one that routes."""
+    count = _attention_parameters(shape, extras) + 3 * shape.hidden * shape.ffn
+    count += extras.ffn_bias * (2 * shape.ffn + shape.hidden) + extras.norms * shape.hidden
+    routers = shape.experts + bool(shape.experts and extras.mixed and extras.mixed.shared_gate)
+    return count + routers * shape.hidden
+
+
+def _attention_parameters(shape: Shape, extras: Extras) -> int:
+    if extras.attention:
+        return extras.attention
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    count = 2 * shape.hidden * q + 2 * shape.hidden * kv + 3 * shape.hidden * shape.ffn
-    count += extras.q_bias * q + 2 * extras.kv_bias * kv + extras.o_bias * shape.hidden
-    count += extras.ffn_bias * (2 * shape.ffn + shape.hidden)
-    return count + extras.norms * shape.hidden + extras.qk_norms * 2 * shape.head_dim
+    count = 2 * shape.hidden * q + 2 * shape.hidden * kv + extras.qk_norms * 2 * shape.head_dim
+    return count + extras.q_bias * q + 2 * extras.kv_bias * kv + extras.o_bias * shape.hidden
 
 
 def parameters(shape: Shape, extras: Extras) -> int:
     """Parameters of a model of this shape, tied embeddings counted once."""
     embeddings = shape.vocab * shape.hidden * (1 if extras.tied else 2)
-    return embeddings + shape.hidden + shape.layers * layer_parameters(shape, extras)
+    plain = extras.mixed.plain if extras.mixed and shape.experts else 0
+    routing = (shape.layers - plain) * layer_parameters(shape, extras)
+    if extras.mixed and plain:
+        one = msgspec.structs.replace(shape, experts=0, ffn=extras.mixed.plain_ffn)
+        routing += plain * layer_parameters(one, extras)
+    return embeddings + shape.hidden + routing
 
 
 def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) -> None:
-    """Spell a shape in the model's configuration, `head_dim` always written out."""
-    config = family_of(model).config(model)
+    """Spell a shape in the model's configuration, `head_dim` always written out where heads are an axis."""
+    family = family_of(model)
+    config = family.config(model)
     config.num_hidden_layers = shape.layers
     config.hidden_size = shape.hidden
     config.intermediate_size = shape.ffn
-    config.num_attention_heads = shape.heads
-    config.num_key_value_heads = shape.kv_heads
-    config.head_dim = shape.head_dim
+    if not family.heads_fixed:
+        config.num_attention_heads = shape.heads
+        config.num_key_value_heads = shape.kv_heads
+        config.head_dim = shape.head_dim
     if getattr(config, "layer_types", None) and len(config.layer_types) != len(kept_layers):
         config.layer_types = [config.layer_types[i] for i in kept_layers]
 

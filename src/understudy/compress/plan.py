@@ -29,6 +29,8 @@ class LayerPlan(msgspec.Struct, frozen=True, kw_only=True):
     channels: list[int]
     heads: list[int]
     kv_heads: list[int]
+    experts: list[int] = []
+    """Routed experts, where a mixture stays one; its channels are then all of theirs."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,11 +121,13 @@ def decide(
     kv_heads: int = 0,
     hidden: int = 0,
     layers: int = 0,
+    experts: int = 0,
 ) -> Plan:
     """The shape for what was asked: sizes named outright are taken (0: the teacher's), and unless ``ffn`` is
     among them ``params`` decides how many FFN channels, and if need be query heads, remain.
 
-    Raises InputError when a size is impossible or the budget cannot be reached.
+    A mixture becomes dense, its FFN chosen from all experts' channels, unless ``experts`` says how many of
+    them remain. Raises InputError when a size is impossible or the budget cannot be reached.
     """
     before = parameters(teacher, extras)
     shape = msgspec.structs.replace(
@@ -132,17 +136,25 @@ def decide(
         kv_heads=kv_heads or teacher.kv_heads,
         hidden=hidden or teacher.hidden,
         layers=layers or teacher.layers,
-        ffn=ffn or teacher.ffn,
+        ffn=ffn or (_experts_ffn(teacher, extras, experts) if experts else teacher.ffn),
+        experts=experts or (extras.mixed.dense_experts if extras.mixed else 0),
     )
     check(teacher, shape, extras)
     reason = "sizes as given"
-    if params and not ffn:
+    if params and not (ffn or experts):
         wanted = wanted_parameters(params, before)
-        shape, reason = _shrink(teacher, shape, extras, wanted, free_heads=not (heads or kv_heads))
+        free = not (heads or kv_heads or extras.attention)
+        shape, reason = _shrink(teacher, shape, extras, wanted, free_heads=free)
     after = parameters(shape, extras)
     return Plan(
         teacher=teacher, student=shape, parameters_before=before, parameters_after=after, reason=reason
     )
+
+
+def _experts_ffn(teacher: Shape, extras: Extras, experts: int) -> int:
+    """Channels of a mixture with fewer experts, the shared ones among them."""
+    each = extras.mixed.expert_ffn if extras.mixed else 0
+    return teacher.ffn - (teacher.experts - experts) * each
 
 
 def _shrink(
@@ -163,7 +175,8 @@ def _shrink(
             expected=f"at least {least / 1e6:.1f}M",
             next_step="ask for more parameters, or fewer --kv-heads",
         )
-    chosen, ffn = next((pair for pair in sized if pair[1] >= FFN_FLOOR * teacher.ffn), sized[-1])
+    floor = FFN_FLOOR * (extras.mixed.active if extras.mixed else teacher.ffn)
+    chosen, ffn = next((pair for pair in sized if pair[1] >= floor), sized[-1])
     reason = f"the largest FFN within {wanted / 1e6:.1f}M parameters"
     return msgspec.structs.replace(chosen, ffn=ffn), reason
 
@@ -180,6 +193,7 @@ def _largest_ffn(shape: Shape, extras: Extras, wanted: int) -> int | None:
 
 def check(teacher: Shape, student: Shape, extras: Extras) -> None:
     """Raises InputError naming the first size that cannot be."""
+    _check_experts(teacher, student, extras)
     for name, size, most in (
         ("ffn", student.ffn, teacher.ffn),
         ("kv_heads", student.kv_heads, teacher.kv_heads),
@@ -189,6 +203,8 @@ def check(teacher: Shape, student: Shape, extras: Extras) -> None:
     ):
         if not 1 <= size <= most:
             raise InputError(f"{name} = {size}", expected=f"1 to {most}, the teacher's")
+    if extras.attention:
+        _check_fixed(teacher, student, extras)
     if student.heads % student.kv_heads or student.group > teacher.group:
         raise InputError(
             f"{student.heads} query heads over {student.kv_heads} KV heads",
@@ -199,6 +215,38 @@ def check(teacher: Shape, student: Shape, extras: Extras) -> None:
         raise InputError(
             f"{student.heads} query heads with width {student.hidden}",
             expected="heads that divide the width: transformers refuses others for this family",
+        )
+
+
+def _check_fixed(teacher: Shape, student: Shape, extras: Extras) -> None:
+    """Heads that share a norm or a latent stay as they are, and with them the width they read; a student that
+    keeps a router's form keeps its layers too."""
+    single = extras.mixed is not None and extras.mixed.dense_experts > 0
+    for name in ("heads", "kv_heads", "hidden", *(("layers",) if single else ())):
+        if getattr(student, name) != getattr(teacher, name):
+            raise InputError(
+                f"{name} = {getattr(student, name)}",
+                expected=f"{getattr(teacher, name)}: this family can only lose FFN channels",
+            )
+
+
+def _check_experts(teacher: Shape, student: Shape, extras: Extras) -> None:
+    if student.experts == (extras.mixed.dense_experts if extras.mixed else 0):
+        return
+    if extras.mixed is None:
+        raise InputError(f"experts = {student.experts}", expected="a mixture of experts to take them from")
+    least, step = extras.mixed.least, extras.mixed.groups
+    if not least <= student.experts <= teacher.experts or student.experts % step:
+        raise InputError(
+            f"experts = {student.experts}",
+            expected=f"{least} to {teacher.experts} in steps of {step}",
+            next_step="leave --experts out for a dense student",
+        )
+    ffn = _experts_ffn(teacher, extras, student.experts)
+    if student != msgspec.structs.replace(teacher, experts=student.experts, ffn=ffn):
+        raise InputError(
+            f"{student.experts} experts beside other sizes",
+            expected="experts as the only axis of a student that stays a mixture",
         )
 
 

@@ -175,10 +175,10 @@ class _Sweep:
     def _attention(self, index: int, layer: Layer, original: Layer | None, given: LayerPlan | None) -> Heads:
         before, after = self.plan.teacher, self.plan.student
         whole = Heads(list(range(before.heads)), list(range(before.kv_heads)))
-        self._reread(layer.read_attention, (layer.q, layer.k, layer.v), original)
+        self._reread(layer.read_attention, layer.attention_readers, original)
         ahead = self._advance_teacher(index, original, attention=True)
         untouched = (after.heads, after.kv_heads) == (before.heads, before.kv_heads)
-        if untouched and not (self.drifted and ahead):
+        if untouched and (layer.family.heads_fixed or not (self.drifted and ahead)):
             self.stream.advance(attention_of(layer), index)
             return whole
         gram = observe(layer.o, self.stream, attention_of(layer), index, ahead)

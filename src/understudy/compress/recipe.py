@@ -28,8 +28,8 @@ from understudy.compress.distill import Check, Curve, Point
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.plan import Plan
 from understudy.compress.progress import Progress, silent
-from understudy.compress.prune import Method, prune
 from understudy.compress.single import LEAST_TOKENS, Sizes, batched, decided
+from understudy.compress.student import student_of
 from understudy.compress.teacher import LiveTeacher
 from understudy.config import Own, resolve_path
 from understudy.errors import ModelError
@@ -217,18 +217,14 @@ class _Steps:
         if folder.is_dir() and path.exists():
             return plans.load(path), checkpoint.load(folder).model
         settings, teacher = self.job.settings, self.loaded.model
-        sizes = Sizes(params=settings.params, ffn=settings.ffn, heads=settings.heads)
+        sizes = Sizes(
+            params=settings.params, ffn=settings.ffn, heads=settings.heads, experts=settings.experts
+        )
         plan = decided(shape_of(teacher), self.loaded, sizes)
         plans.save(plan, path)
         with self._timed("prune"):
-            student = copy.deepcopy(teacher)
-            plan = prune(
-                student,
-                plan,
-                batched(self.texts.calibration, LEAST_TOKENS, sharing=teacher),
-                Method(),
-                self.progress,
-            )
+            texts = batched(self.texts.calibration, LEAST_TOKENS, sharing=teacher)
+            student, plan = student_of(copy.deepcopy(teacher), plan, texts, progress=self.progress)
             plans.save(plan, path)
             checkpoint.save(student, self.loaded.tokenizer, folder)
         return plan, student

@@ -7,6 +7,7 @@ run (recipe).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -31,7 +32,8 @@ from understudy.compress.distill import Curve
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.plan import Plan
 from understudy.compress.progress import Progress, silent
-from understudy.compress.prune import Method, prune
+from understudy.compress.prune import Method
+from understudy.compress.student import student_of
 from understudy.compress.teacher import LiveTeacher
 from understudy.errors import InputError, ModelError
 
@@ -56,6 +58,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     hidden: int = 0
     layers: int = 0
     shape: Literal["uniform", "per-layer"] = "uniform"
+    experts: int = 0
 
 
 class PruneJob(NamedTuple):
@@ -79,51 +82,67 @@ def prune_only(
     Raises InputError or ModelError for sizes, a plan, a teacher or texts that cannot be used.
     """
     loaded = checkpoint.load(job.teacher)
-    calibration = take(job.texts(loaded.tokenizer), job.tokens, job.seed)
-    texts = batched(calibration, LEAST_TOKENS)
-    plan = plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, texts, progress)
+    read = cache(lambda: take(job.texts(loaded.tokenizer), job.tokens, job.seed))
+    plan = plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, read, progress)
     show(plan)
     path = job.out.with_name(job.out.name + ".plan.json")
     plans.save(plan, path)
     if dry_run:
         return plan
-    plan = prune(loaded.model, plan, texts, job.method, progress)
+    calibration = read()
+    model, plan = student_of(loaded.model, plan, batched(calibration, LEAST_TOKENS), job.method, progress)
     plans.save(plan, path)
     facts = [
         f"teacher {loaded.source} ({loaded.digest[:16]})",
         f"calibration {fingerprint(calibration)}, {sum(len(d.tokens) for d in calibration):,} tokens",
     ]
     card = model_card(plan, facts)
-    checkpoint.save(loaded.model, loaded.tokenizer, job.out, card=card, licence_from=loaded.folder)
+    checkpoint.save(model, loaded.tokenizer, job.out, card=card, licence_from=loaded.folder)
     return plan
 
 
-def _planned(loaded: checkpoint.Loaded, sizes: Sizes, texts: list[Batch], progress: Progress) -> Plan:
+def _planned(
+    loaded: checkpoint.Loaded, sizes: Sizes, read: Callable[[], list[Document]], progress: Progress
+) -> Plan:
     plan = decided(shape_of(loaded.model), loaded, sizes)
     if sizes.shape == "uniform":
         return plan
+    extras = extras_of(loaded.model)
+    if extras.mixed:
+        raise InputError(
+            "a mixture of experts with sizes per layer",
+            expected="a dense teacher",
+            next_step="prune it to a dense student first, and that one with --shape per-layer",
+        )
     if plan.student.layers < plan.teacher.layers:
         raise InputError(
             f"layers = {plan.student.layers} with sizes per layer",
             expected="all layers: how sizes are shared out is measured with each of them in its place",
         )
-    extras, found = extras_of(loaded.model), curves(loaded.model, texts, progress)
+    found = curves(loaded.model, batched(read(), LEAST_TOKENS), progress)
     step = min(plans.MULTIPLE, plan.student.ffn)
     total = plan.student.ffn * plan.student.layers
     return plans.per_layer(plan, allocate(found, plan.teacher.ffn, total, step), extras)
 
 
 def decided(shape: Shape, loaded: checkpoint.Loaded, sizes: Sizes) -> Plan:
-    """The plan for what was asked."""
+    """The plan for what was asked. Nothing asked: three quarters of a dense teacher. A mixture of which neither
+    params, FFN nor experts were asked gets as many channels as one token passes in it."""
+    extras = extras_of(loaded.model)
+    if extras.mixed and not (sizes.params or sizes.ffn or sizes.experts):
+        sizes = msgspec.structs.replace(sizes, ffn=extras.mixed.active)
+    elif msgspec.structs.replace(sizes, shape="uniform") == Sizes():
+        sizes = msgspec.structs.replace(sizes, params="0.75")
     return plans.decide(
         shape,
-        extras_of(loaded.model),
+        extras,
         params=sizes.params,
         ffn=sizes.ffn,
         heads=sizes.heads,
         kv_heads=sizes.kv_heads,
         hidden=sizes.hidden,
         layers=sizes.layers,
+        experts=sizes.experts,
     )
 
 

@@ -45,6 +45,8 @@ class Family:
     """The norm multiplies by `gain_offset + weight`."""
     heads_divide_width: bool = False
     """transformers refuses a configuration whose width is no multiple of its query heads."""
+    heads_fixed: bool = False
+    """Heads share more than the stream, a norm or a latent, and cannot be cut one by one."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -70,6 +72,17 @@ class Family:
 
     def rescale_embedding(self, embedding: Any, width: int) -> None:
         """Give a loaded embedding the scale that a model of this width will be loaded with."""
+
+    def readers(self, layer: nn.Module) -> list[nn.Linear]:
+        """The attention branch's projections that read the stream."""
+        return [cast("nn.Linear", layer.get_submodule(path)) for path in (self.q, self.k, self.v)]
+
+    def heads(self, model: PreTrainedModel) -> tuple[int, int, int]:
+        """Query heads, KV heads and their dimension, as the weights have them."""
+        config, layer = self.config(model), self.body(model).layers[0]
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        wide, narrow = layer.get_submodule(self.o).in_features, layer.get_submodule(self.k).out_features
+        return wide // size, narrow // size, size
 
     def refuse(self, model: PreTrainedModel) -> None:
         """Raise ModelError for a variant of the architecture that cannot be pruned here."""
