@@ -126,8 +126,10 @@ def _planned(
 
 
 def decided(shape: Shape, loaded: checkpoint.Loaded, sizes: Sizes) -> Plan:
-    """The plan for what was asked. Nothing asked: three quarters of a dense teacher. A mixture without params,
-    FFN or experts asked becomes as wide as what one token passes in it."""
+    """The plan for what was asked; nothing asked: three quarters of a dense teacher.
+
+    A mixture without params, FFN or experts asked becomes as wide as what one token passes in it.
+    """
     extras = extras_of(loaded.model)
     if extras.mixed and not (sizes.params or sizes.ffn or sizes.experts):
         sizes = msgspec.structs.replace(sizes, ffn=extras.mixed.active)

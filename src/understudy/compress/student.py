@@ -104,7 +104,7 @@ def _dense(
         else prune(made.model, rest, batches, method, progress)
     )
     layers = [msgspec.structs.replace(layer, channels=made.channels[layer.layer]) for layer in done.layers]
-    return Student(made.model, msgspec.structs.replace(plan, layers=layers))
+    return Student(made.model, msgspec.structs.replace(plan, layers=layers, width=done.width))
 
 
 def _all_channels(plan: Plan) -> list[LayerPlan]:
