@@ -13,6 +13,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -215,6 +216,45 @@ class Evaluate(Section, frozen=True, kw_only=True):
     """What the judge is to look at; empty: correctness, then completeness, then clarity."""
 
 
+class Rollout(Section, frozen=True, kw_only=True):
+    """`[rollout]`: how a candidate takes over an alias, step by step."""
+
+    shadow_tasks: int = 40
+    """Copies of recorded calls the candidate answers before a client sees it; 0: no shadow."""
+    shadow_sample: float = 1.0
+    """Share of the recorded calls that are copied."""
+    shadow_usd: float = 5.0
+    """Most US dollars the copies may cost."""
+    shares: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5)
+    """Shares of the alias's tasks that go to the candidate, one canary step after the other."""
+    tasks: tuple[int, ...] = (20, 60, 100, 50)
+    """Tasks the candidate must have settled in each step before the next."""
+    margin: float = 0.05
+    """How much worse, in points of the outcome, counts as worse (0.05 = five points)."""
+    alpha: float = 0.05
+    """Largest probability of promoting a candidate that is worse by the margin."""
+    rollback_alpha: float = 0.001
+    """Largest probability, for each guard, of rolling back a candidate that keeps within it."""
+    settle_s: float = 60.0
+    """Seconds after a task's first call at which its outcome is read; what is said later does not count."""
+    errors: float = 0.02
+    """Tolerated share of tasks in which the candidate fails and the incumbent beside it does not."""
+    invalid: float = 0.03
+    """The same for answers that are empty, cut off, or not the JSON that was asked for."""
+    slow: float = 0.10
+    """The same for answers slower than the incumbent's p95 by slow_factor, to the first byte or the last."""
+    slow_factor: float = 1.5
+    """Times the incumbent's p95 that still is not slow."""
+    costly: float = 0.10
+    """The same for tasks that cost more than the incumbent's p95 by costly_factor."""
+    costly_factor: float = 1.5
+    """Times the incumbent's p95 that still is not dear."""
+    hold_days: float = 30.0
+    """Days in one canary step after which the trial is held for a person to look at."""
+    webhook: str = ""
+    """env:NAME or file:PATH of a URL that is told of every change of stage."""
+
+
 class Dashboard(Section, frozen=True, kw_only=True):
     """`[dashboard]`: pages over the store, for people."""
 
@@ -252,6 +292,8 @@ class Config(Section, frozen=True, kw_only=True):
     serve: Serve = Serve()
     own: Own = Own()
     evaluate: Evaluate = Evaluate()
+    rollout: Rollout | None = None
+    """None without a `[rollout]` in the file: then `understudy up` takes no trial through its course."""
     dashboard: Dashboard | None = None
     """None without a `[dashboard]` in the file: then `understudy up` starts none."""
     drill: Drill = Drill()
@@ -399,6 +441,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "serve": Serve,
     "own": Own,
     "evaluate": Evaluate,
+    "rollout": Rollout,
     "dashboard": Dashboard,
     "drill": Drill,
 }
@@ -467,6 +510,7 @@ def _check_references(config: Config, faults: _Faults) -> None:
     if config.drill.alias and config.drill.alias not in config.aliases:
         faults.add("drill.alias", f"{config.drill.alias!r}: no [aliases.{config.drill.alias}]")
     _check_redaction(config.redact, faults)
+    _check_rollout(config.rollout or Rollout(), faults)
     _check_ranges(config, faults)
     for where, keep in (("store.keep_days", config.store.keep_days), ("store.keep_gb", config.store.keep_gb)):
         if not 0.0 <= keep < float("inf"):
@@ -490,6 +534,17 @@ def _check_weights(config: Config, name: str, alias: Alias, faults: _Faults) -> 
         faults.add(f"aliases.{name}.weights", "all are 0: expected one that is more")
 
 
+def _check_rollout(rollout: Rollout, faults: _Faults) -> None:
+    _check_secret("rollout.webhook", rollout.webhook, faults)
+    rising = all(a < b for a, b in pairwise([0.0, *rollout.shares, 1.0]))
+    if not rollout.shares or not rising:
+        faults.add("rollout.shares", f"{list(rollout.shares)}: expected rising shares between 0 and 1")
+    if len(rollout.tasks) != len(rollout.shares) or any(count < 1 for count in rollout.tasks):
+        faults.add(
+            "rollout.tasks", f"{list(rollout.tasks)}: expected a number from 1 on for each of rollout.shares"
+        )
+
+
 def _check_redaction(redact: Redact, faults: _Faults) -> None:
     _check_secret("redact.salt", redact.salt, faults)
     if redact.mode == "hash" and not redact.salt:
@@ -507,17 +562,26 @@ def _check_secret(where: str, value: str, faults: _Faults) -> None:
 
 
 def _check_ranges(config: Config, faults: _Faults) -> None:
+    rollout = config.rollout or Rollout()
     for where, value, low, high in (
         ("evaluate.margin", config.evaluate.margin, 0.0, 1.0),
         ("evaluate.alpha", config.evaluate.alpha, 0.0, 0.5),
         ("evaluate.beta", config.evaluate.beta, 0.0, 0.5),
         ("evaluate.held_out", config.evaluate.held_out, 0.0, 1.0),
+        *(
+            (f"rollout.{name}", getattr(rollout, name), 0.0, 1.0)
+            for name in ("margin", "alpha", "rollback_alpha", "errors", "invalid", "slow", "costly")
+        ),
     ):
         if not low < value < high:
             faults.add(where, f"{value}: expected a number between {low} and {high}")
     for where, most in (
         ("evaluate.budget_usd", config.evaluate.budget_usd),
         ("evaluate.requests_per_minute", config.evaluate.requests_per_minute),
+        ("rollout.shadow_tasks", rollout.shadow_tasks),
+        ("rollout.shadow_usd", rollout.shadow_usd),
+        ("rollout.settle_s", rollout.settle_s),
+        ("rollout.hold_days", rollout.hold_days),
     ):
         if not 0.0 <= most < float("inf"):
             faults.add(where, f"{most}: expected a number from 0 on")

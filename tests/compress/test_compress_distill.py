@@ -81,6 +81,15 @@ def test_kill_and_resume_repeat_the_uninterrupted_run(pair, corpus, tmp_path: Pa
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
+@pytest.fixture
+def heeded_interrupts():
+    """Ctrl-C as a terminal has it: a suite started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_ctrl_c_saves_between_steps(pair, corpus, tmp_path: Path):
     teacher, student = pair
     steps: list[int] = []

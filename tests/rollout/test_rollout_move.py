@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,18 +112,47 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result
     return invoke
 
 
-def test_start_status_abort_history(run: Callable[..., Result], tmp_path: Path) -> None:
+def test_start_status_abort_history(run: Callable[..., Result]) -> None:
     assert "never changed" in run("status").output
-    (tmp_path / "certificate.json").write_text("{}")
-    moved = run("start", "assistant", "--to", "local/student", "--evidence", "certificate.json", "--json")
+    moved = run("start", "assistant", "--to", "local/student", "--now", "--json")
     now = msgspec.json.decode(moved.output)["now"]
     assert (now["model"], now["version"]) == ("local/student", 2)
-    assert now["evidence"] == "certificate.json sha256:" + hashlib.sha256(b"{}").hexdigest()
-    assert "already at local/student" in run("start", "assistant", "--to", "local/student").output
+    assert "already at local/student" in run("start", "assistant", "--to", "local/student", "--now").output
     status = {r["alias"]: r["model"] for r in msgspec.json.decode(run("status", "--json").output)}
     assert status == {"assistant": "local/student", "other": "openai/gpt-4o"}
     assert "local/student -> openai/gpt-4.1, rolled back; version 3" in run("abort", "assistant").output
     assert len(run("history", "assistant").output.splitlines()) == 3
+
+
+def test_a_trial_is_begun_held_resumed_and_ended(run: Callable[..., Result]) -> None:
+    assert (
+        "canary share 0.25 tasks 100"
+        in run("start", "assistant", "--to", "local/student", "--dry-run").output
+    )
+    assert "never changed" in run("status").output
+    begun = run("start", "assistant", "--to", "local/student")
+    assert "local/student shadow without evidence; version 2" in begun.output
+    assert "understudy rollout run" in begun.output
+    told = run("status", "assistant").output
+    assert "openai/gpt-4.1" in told
+    assert "waits for 40 more copies" in told
+    assert "on trial for 'assistant' already" in str(run("start", "assistant", "--to", "local/b").exception)
+    assert "held" in run("pause", "assistant").output
+    assert "waits for a person" in run("status", "assistant").output
+    assert "shadow" in run("resume", "assistant").output
+    assert "waits for 40 more copies" in run("run", "--once").output
+    ended = msgspec.json.decode(run("abort", "assistant", "--json").output)["now"]
+    assert (ended["stage"], ended["model"], ended["candidate"]) == ("rolled_back", "openai/gpt-4.1", "")
+    assert isinstance(run("abort", "assistant").exception, InputError)
+
+
+def test_a_certificate_that_does_not_verify_starts_nothing(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    (tmp_path / "certificate.json").write_text("{}")
+    refused = run("start", "assistant", "--to", "local/student", "--evidence", "certificate.json")
+    assert isinstance(refused.exception, InputError)
+    assert "never changed" in run("status").output
 
 
 @pytest.mark.parametrize(
@@ -135,6 +163,8 @@ def test_start_status_abort_history(run: Callable[..., Result], tmp_path: Path) 
         (("start", "assistant", "--to", "local"), "unknown endpoint"),
         (("abort", "assistant"), "no move"),
         (("status", "nobody"), "unknown alias"),
+        (("pause", "assistant"), "nothing is on trial"),
+        (("start", "assistant", "--to", "openai/gpt-4.1"), "answers 'assistant' already"),
     ],
 )
 def test_bad_input_is_named(run: Callable[..., Result], words: tuple[str, ...], message: str) -> None:

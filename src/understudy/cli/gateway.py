@@ -32,7 +32,7 @@ def up(config_path: Path, listen: str | None, as_json: bool) -> None:
     config = read()
     from understudy.gateway import processes
 
-    with _dashboard(config, config_path) as pages:
+    with _dashboard(config, config_path) as pages, _controller(config, config_path):
         processes.up(read, ready=lambda url: _say(config, url, pages, as_json))
 
 
@@ -57,6 +57,19 @@ def _dashboard(config: configuration.Config, config_path: Path) -> Generator[str
     arguments = ["dashboard", "--config", str(config_path)]
     with running("dashboard", arguments, config.path("dashboard.log")) as pages:
         yield str(pages["url"])
+
+
+@contextmanager
+def _controller(config: configuration.Config, config_path: Path) -> Generator[None]:
+    """Whoever takes trials through their course beside the block, where the config has a [rollout]."""
+    if config.rollout is None:
+        yield
+        return
+    from understudy.child import running
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with running("rollout", ["rollout", "run", "--config", str(config_path)], config.path("rollout.log")):
+        yield
 
 
 def _say(config: configuration.Config, url: str, pages: str, as_json: bool) -> None:

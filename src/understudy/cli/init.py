@@ -35,6 +35,7 @@ _ORDER: tuple[tuple[str, type[config.Section]], ...] = (
     ("serve", config.Serve),
     ("own", config.Own),
     ("evaluate", config.Evaluate),
+    ("rollout", config.Rollout),
     ("dashboard", config.Dashboard),
     ("drill", config.Drill),
 )

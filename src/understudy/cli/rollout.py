@@ -5,20 +5,27 @@ from __future__ import annotations
 import datetime as dt
 import difflib
 import getpass
-import hashlib
-from collections.abc import Sequence
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from understudy import config as configuration
 from understudy.cli.options import config_option, json_option, print_json
-from understudy.errors import InputError
+from understudy.errors import InputError, UserError
 
 if TYPE_CHECKING:
     from understudy.config import Alias, Config
+    from understudy.rollout.controller import Report
     from understudy.rollout.move import Moved
+    from understudy.rollout.shadow import Means
     from understudy.traffic.store import Route, Store
 
 
@@ -27,18 +34,27 @@ def rollout() -> None:
     """Move an alias to a candidate, or back."""
 
 
+REASON = click.option("--reason", default="by hand", show_default=True, help="Kept in the history.")
+
+
 @rollout.command()
 @click.argument("alias", required=False)
 @config_option
 @json_option
 def status(alias: str | None, config_path: Path, as_json: bool) -> None:
-    """Where each alias leads now, since when and why."""
+    """Where each alias leads now, since when and why; of a trial also its evidence and what it waits for."""
     config = configuration.load(config_path)
     if alias is not None:
         _alias(config, alias)
     with _store(config) as store:
-        routes = _in_force(config, store)
-    _show([route for route in routes if alias in (None, route.alias)], as_json)
+        routes = [r for r in _in_force(config, store) if alias in (None, r.alias)]
+        looks = {r.alias: _look(config, store, r) for r in routes if r.candidate}
+    if as_json:
+        print_json([r._asdict() | {"trial": looks.get(r.alias)} for r in routes])
+        return
+    _show(routes, False)
+    for name, look in looks.items():
+        _show_look(name, look)
 
 
 @rollout.command()
@@ -47,47 +63,100 @@ def status(alias: str | None, config_path: Path, as_json: bool) -> None:
 @click.option(
     "--evidence",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The certificate this move rests on; its SHA-256 goes into the history.",
+    help="The certificate this move rests on. It must verify and pass the model; its SHA-256 is kept.",
 )
-@click.option("--reason", default="moved by hand", show_default=True, help="Kept in the history.")
+@click.option("--now", is_flag=True, help="Without a trial: point ALIAS there at once.")
+@click.option("--dry-run", is_flag=True, help="Tell the stages, and change nothing.")
+@REASON
 @config_option
 @json_option
 def start(
-    alias: str, target: str, evidence: Path | None, reason: str, config_path: Path, as_json: bool
+    alias: str,
+    target: str,
+    evidence: Path | None,
+    now: bool,
+    dry_run: bool,
+    reason: str,
+    config_path: Path,
+    as_json: bool,
 ) -> None:
-    """Point ALIAS at another model; every gateway on this store follows within a second or so."""
+    """Put another model on trial for ALIAS: shadow, canary, then promoted or rolled back by itself.
+
+    Every gateway on this store follows within a second or so. `understudy up` takes the trial through its
+    course where the config has a [rollout]; else `understudy rollout run` does.
+    """
     from understudy.rollout.move import move
+    from understudy.rollout.trials import Order, begin
 
     config = configuration.load(config_path)
     initial = _alias(config, alias)
     config.endpoint_of(target)
+    proof = _proven(evidence, target) if evidence else ""
+    settings = config.rollout or configuration.Rollout()
+    if dry_run:
+        _show_course(settings, target, now, as_json)
+        return
+    by = getpass.getuser()
     with _store(config) as store:
-        moved = move(
-            store,
-            alias,
-            target,
-            by=getpass.getuser(),
-            reason=reason,
-            evidence=_named(evidence) if evidence else "",
-            initial=initial,
-        )
+        if now:
+            moved = move(store, alias, target, by=by, reason=reason, evidence=proof, initial=initial)
+        else:
+            order = Order(by, reason)
+            moved = begin(store, alias, target, order, settings, evidence=proof, initial=initial)
     _report(moved, as_json)
+    if config.rollout is None and not now and not as_json:
+        click.echo("there is no [rollout] in the config: keep `understudy rollout run` running")
+
+
+def _changing(name: str, doc: str) -> None:
+    """One more command that changes a trial by the function of its name in `rollout.trials`."""
+
+    @rollout.command(name, help=doc)
+    @click.argument("alias")
+    @REASON
+    @config_option
+    @json_option
+    def change(alias: str, reason: str, config_path: Path, as_json: bool) -> None:
+        from understudy.rollout import trials
+
+        changes = {"pause": trials.pause, "resume": trials.resume, "abort": trials.abort}
+        config = configuration.load(config_path)
+        initial = _alias(config, alias)
+        with _store(config) as store:
+            moved = changes[name](store, alias, trials.Order(getpass.getuser(), reason), initial)
+        _report(moved, as_json)
+
+    del change
+
+
+_changing("pause", "Send every task of ALIAS to its model again; the trial keeps what it has learnt.")
+_changing("resume", "Go on with a trial where it was held.")
+_changing("abort", "End the trial of ALIAS; without one, put back the route it had before its last move.")
 
 
 @rollout.command()
-@click.argument("alias")
-@click.option("--reason", default="rolled back by hand", show_default=True, help="Kept in the history.")
+@click.option("--once", is_flag=True, help="Look at every trial once, and end.")
+@click.option("--every", "every_s", default=2.0, show_default=True, help="Seconds between two looks.")
 @config_option
 @json_option
-def abort(alias: str, reason: str, config_path: Path, as_json: bool) -> None:
-    """Put back the route that ALIAS had before its last move."""
-    from understudy.rollout.move import roll_back
+def run(once: bool, every_s: float, config_path: Path, as_json: bool) -> None:
+    """Take trials through their course, until Ctrl-C; `understudy up` does so where there is a [rollout].
+
+    With --json a line of JSON says when it watches; steps taken are told on standard error, with --once all
+    trials on standard output.
+    """
+    import asyncio
+
+    from understudy.rollout.controller import Controller, watch_over
 
     config = configuration.load(config_path)
-    _alias(config, alias)
     with _store(config) as store:
-        moved = roll_back(store, alias, by=getpass.getuser(), reason=reason)
-    _report(moved, as_json)
+        controller = Controller(store, config, _means_of(config))
+        if not once:
+            click.echo(json.dumps({"pid": os.getpid()}) if as_json else "watching; Ctrl-C to stop")
+        told = partial(_tell, config, as_json, not once)
+        with suppress(KeyboardInterrupt):
+            asyncio.run(watch_over(controller, told, every_s=every_s, once=once))
 
 
 @rollout.command()
@@ -133,8 +202,104 @@ def _in_force(config: Config, store: Store) -> list[Route]:
     ]
 
 
-def _named(evidence: Path) -> str:
-    return f"{evidence} sha256:{hashlib.sha256(evidence.read_bytes()).hexdigest()}"
+def _proven(evidence: Path, target: str) -> str:
+    """The certificate with its hash. Raises EvidenceError, or InputError where it does not pass the model."""
+    from understudy.evaluate.verify import verify
+
+    digest = verify(evidence)
+    said = msgspec.json.decode(evidence.read_bytes())
+    verdicts = {c["model"]["name"]: c["proof"]["verdict"] for c in said["candidates"]}
+    if verdicts.get(target) != "PASS":
+        raise InputError(
+            f"{evidence} does not pass {target}: {verdicts.get(target, 'not a candidate there')}",
+            expected="a certificate with the verdict PASS for it",
+            next_step="understudy evaluate, or leave out --evidence to start without proof",
+        )
+    return f"{evidence} sha256:{digest}"
+
+
+def _means_of(config: Config) -> Callable[[str], Means]:
+    from understudy.catalog.facts import catalog_of
+    from understudy.catalog.prices import pricer
+    from understudy.evaluate.trial import connect
+    from understudy.rollout.shadow import Means
+    from understudy.traffic.redact import redactor_of
+
+    price = pricer(catalog_of(config), config.endpoints)
+    redactor = redactor_of(config.redact, Path(config.root))
+    return lambda candidate: Means(partial(connect, config, candidate), price, redactor)
+
+
+def _look(config: Config, store: Store, route: Route) -> dict[str, Any]:
+    """The evidence of a trial, as it would be shown."""
+    from understudy.rollout.controller import Trial
+    from understudy.rollout.course import waits_for
+
+    settings = config.rollout or configuration.Rollout()
+    trial = Trial(store, route, settings)
+    standing = trial.look(route, time.time())
+    return {
+        "candidate": route.candidate,
+        "share": route.share,
+        "copies": standing.pairs,
+        "tasks": standing.answered,
+        "tasks_with_outcome": standing.scored,
+        "difference": standing.difference.estimate,
+        "e_no_worse": standing.difference.e_fine,
+        "e_worse": standing.difference.e_worse,
+        "guards": {
+            name: {"rate": g.excess.rate, "tolerated": g.excess.tolerated, "e_value": g.excess.e_value}
+            for name, g in standing.guards.items()
+        },
+        "waits_for": waits_for(route, standing, settings)
+        if route.stage != "held"
+        else ["a person: resume or abort"],
+    }
+
+
+def _show_look(alias: str, look: dict[str, Any]) -> None:
+    done = f"{look['copies']} copies, {look['tasks']} tasks, {look['tasks_with_outcome']} with an outcome"
+    bets = f"evidence for no worse {look['e_no_worse']:.3g}, for worse {look['e_worse']:.3g}"
+    click.echo(f"{alias}: {look['candidate']} at {look['share']:.0%}; {done}")
+    click.echo(f"  outcomes: difference {look['difference']:+.3f}; {bets}")
+    for name, guard in look["guards"].items():
+        tolerated = f"{guard['tolerated']:.0%} tolerated"
+        click.echo(f"  {name}: {guard['rate']:.1%}, {tolerated}, e-value {guard['e_value']:.3g}")
+    for missing in look["waits_for"]:
+        click.echo(f"  waits for {missing}")
+
+
+def _show_course(settings: configuration.Rollout, target: str, now: bool, as_json: bool) -> None:
+    stages: list[dict[str, Any]] = [{"stage": "promoted"}]
+    if not now:
+        canary = [
+            {"stage": "canary", "share": share, "tasks": tasks}
+            for share, tasks in zip(settings.shares, settings.tasks, strict=True)
+        ]
+        shadow = [{"stage": "shadow", "copies": settings.shadow_tasks}] if settings.shadow_tasks else []
+        stages = [*shadow, *canary, *stages]
+    if as_json:
+        print_json({"candidate": target, "stages": stages})
+        return
+    for stage in stages:
+        click.echo(" ".join([str(stage["stage"]), *(f"{k} {v}" for k, v in stage.items() if k != "stage")]))
+    click.echo("nothing was changed")
+
+
+def _tell(config: Config, as_json: bool, aside: bool, report: Report) -> None:
+    """Say a step, and tell the webhook."""
+    from understudy.catalog.notify import send
+
+    route = report.route
+    body = {"source": "understudy rollout", "route": route._asdict(), "waits_for": report.missing}
+    waits = "".join(f"\n  waits for {missing}" for missing in report.missing)
+    text = msgspec.json.encode(body).decode() if as_json else _line(route) + waits
+    click.echo(text, err=aside)
+    if config.rollout and config.rollout.webhook and not report.missing:
+        try:
+            send(configuration.resolve_secret(config.rollout.webhook, Path(config.root)), body)
+        except UserError as error:  # what was done is done, whoever could not be told
+            click.echo(f"webhook: {error}", err=True)
 
 
 def _report(moved: Moved, as_json: bool) -> None:
@@ -142,6 +307,9 @@ def _report(moved: Moved, as_json: bool) -> None:
         print_json({"changed": moved.changed, "was": moved.was._asdict(), "now": moved.now._asdict()})
     elif moved.changed:
         proof = f"on {moved.now.evidence}" if moved.now.evidence else "without evidence"
+        if trial := moved.now.candidate:
+            click.echo(f"{moved.now.alias}: {trial} {moved.now.stage} {proof}; version {moved.now.version}")
+            return
         how = "rolled back" if moved.now.stage == "rolled_back" else f"moved {proof}"
         click.echo(
             f"{moved.now.alias}: {moved.was.model} -> {moved.now.model}, {how}; version {moved.now.version}"
@@ -157,12 +325,15 @@ def _show(routes: Sequence[Route], as_json: bool) -> None:
         print_json([route._asdict() for route in routes])
         return
     for route in routes:
-        when = dt.datetime.fromtimestamp(route.changed_at).astimezone().isoformat(" ", "seconds")
-        fallback = f" (then {', '.join(route.fallback)})" if route.fallback else ""
-        since = (
-            f"{route.stage} {when} by {route.changed_by}: {route.reason}" if route.version else route.reason
-        )
-        evidence = f" [{route.evidence}]" if route.evidence else ""
-        click.echo(f"{route.alias} v{route.version} -> {route.model}{fallback}; {since}{evidence}")
+        click.echo(_line(route))
     if not routes:
         click.echo("no route was ever changed")
+
+
+def _line(route: Route) -> str:
+    when = dt.datetime.fromtimestamp(route.changed_at).astimezone().isoformat(" ", "seconds")
+    fallback = f" (then {', '.join(route.fallback)})" if route.fallback else ""
+    trial = f"; on trial: {route.candidate} at {route.share:.0%}" if route.candidate else ""
+    since = f"{route.stage} {when} by {route.changed_by}: {route.reason}" if route.version else route.reason
+    evidence = f" [{route.evidence}]" if route.evidence else ""
+    return f"{route.alias} v{route.version} -> {route.model}{fallback}{trial}; {since}{evidence}"

@@ -73,7 +73,7 @@ class Exchange:
         self._begun = self._now()
         self._head: Head = read_head(request.body)
         self._task = request.header(b"x-task-id")
-        self._targets = plane.table.targets(self._head.model, self._task)
+        self._targets = plane.table.targets(self._head.model, self._task, caller)
         self._place = 0
         self._tries = 0
         self._attempts: list[Attempt] = []

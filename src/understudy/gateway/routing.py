@@ -30,6 +30,12 @@ class RouteRow(Protocol):
     def fallback(self) -> Sequence[str]: ...
     @property
     def version(self) -> int: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def candidate(self) -> str: ...
+    @property
+    def share(self) -> float: ...
 
 
 class Target(NamedTuple):
@@ -51,11 +57,15 @@ class AliasRoute(NamedTuple):
     """0 while the config rules."""
     choices: tuple[Choice, ...] = ()
     """Where calls are shared out: whom they may go to instead."""
+    by_key: bool = False
+    """Calls without a task are dealt out by their key, so that no caller sees two models by turns."""
 
-    def draw(self, alias: str, task: bytes) -> tuple[Target, ...]:
+    def draw(self, alias: str, task: bytes, key: str = "") -> tuple[Target, ...]:
         """Who may answer a call; always the same for calls of one task, in every process."""
         if not self.choices:
             return self.targets
+        if self.by_key and not task:
+            task = key.encode()
         if task:
             digest = blake2b(alias.encode("utf-8", "replace") + b"\0" + task, digest_size=8).digest()
             place = int.from_bytes(digest) / 2**64
@@ -80,11 +90,14 @@ class Table(NamedTuple):
     faults: tuple[str, ...] = ()
     """Routes of the store that cannot be used, one line each; the config's route stays in force."""
 
-    def targets(self, model: str, task: bytes = b"") -> tuple[Target, ...]:
-        """Who may answer for a model's name. Raises Refusal (404) naming what is known."""
+    def targets(self, model: str, task: bytes = b"", key: str = "") -> tuple[Target, ...]:
+        """Who may answer for a model's name, asked for a task and under a key; either may be empty.
+
+        Raises Refusal (404) naming what is known.
+        """
         route = self.aliases.get(model)
         if route is not None:
-            return route.draw(model, task)
+            return route.draw(model, task, key)
         endpoint, slash, inner = model.partition("/")
         if slash and inner and endpoint in self.upstreams:
             return (target_of(self.upstreams, model),)
@@ -106,7 +119,8 @@ def build_table(config: Config, upstreams: Mapping[str, Upstream], rows: Mapping
         aliases[name] = route._replace(choices=_choices(upstreams, alias))
     for name, row in rows.items():
         try:
-            aliases[name] = _route(upstreams, [row.model, *row.fallback], row.version)
+            route = _route(upstreams, [row.model, *row.fallback], row.version)
+            aliases[name] = route._replace(choices=_canary(upstreams, row), by_key=True)
         except KeyError as error:
             faults.append(
                 f"route {name!r} version {row.version}: no [endpoints.{error.args[0]}] in the config"
@@ -116,6 +130,14 @@ def build_table(config: Config, upstreams: Mapping[str, Upstream], rows: Mapping
 
 def _route(upstreams: Mapping[str, Upstream], names: Sequence[str], version: int) -> AliasRoute:
     return AliasRoute(tuple(target_of(upstreams, name) for name in names), version)
+
+
+def _canary(upstreams: Mapping[str, Upstream], row: RouteRow) -> tuple[Choice, ...]:
+    """A share for the candidate, behind which the incumbent stands. Raises KeyError."""
+    if row.stage != "canary":
+        return ()
+    names = dict.fromkeys([row.candidate, row.model, *row.fallback])
+    return (Choice(row.share, tuple(target_of(upstreams, name) for name in names)),)
 
 
 def _choices(upstreams: Mapping[str, Upstream], alias: Alias) -> tuple[Choice, ...]:

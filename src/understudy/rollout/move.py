@@ -36,26 +36,34 @@ def move(
     reason: str,
     evidence: str = "",
     initial: Alias | None = None,
+    expected_version: int | None = None,
 ) -> Moved:
-    """Point ``alias`` at ``to`` (ENDPOINT/MODEL), which leaves its own list of fallbacks.
+    """Point ``alias`` at ``to`` (ENDPOINT/MODEL), which leaves its own list of fallbacks, at once.
 
     ``initial`` is the alias's entry in the config, the route in force until a first change. Nothing changes
-    when the alias is there already. Raises InputError for an alias without a route, and when somebody else
-    changed the route in between.
+    when the alias is there already; a trial under way ends. Raises InputError for an alias without a route,
+    and when somebody else changed it in between or since ``expected_version``.
     """
     was = current(store, alias, initial)
-    if was.model == to:
+    if expected_version not in (None, was.version):
+        raise changed_meanwhile(was._replace(version=expected_version or 0))
+    if was.model == to and not was.candidate:
         return Moved(was, was)
     fallback = tuple(target for target in was.fallback if target != to)
     return _change(store, was, to, fallback, "promoted", by=by, reason=reason, evidence=evidence)
 
 
-def roll_back(store: Store, alias: str, *, by: str, reason: str) -> Moved:
+def roll_back(
+    store: Store, alias: str, *, by: str, reason: str, expected_version: int | None = None
+) -> Moved:
     """Put back the route that was in force before the last move.
 
-    Raises InputError when there was no move, or it has been rolled back already.
+    Raises InputError when there was no move, or it has been rolled back already, and when the route is not at
+    ``expected_version`` (None: whatever it is at).
     """
     history = store.route_history(alias)
+    if history and expected_version not in (None, history[-1].version):
+        raise changed_meanwhile(history[-1]._replace(version=expected_version or 0))
     if len(history) < 2 or history[-1].stage == "rolled_back":
         raise InputError(
             f"there is no move of {alias!r} to roll back",
@@ -115,10 +123,15 @@ def _change(
         evidence=evidence,
     )
     if not changed:
-        raise InputError(
-            f"the route of {was.alias!r} changed while we looked; nothing was done",
-            expected=f"version {was.version}",
-            next_step=f"understudy rollout history {was.alias}",
-        )
+        raise changed_meanwhile(was)
     now = store.route_history(was.alias)[was.version]
     return Moved(was, now)
+
+
+def changed_meanwhile(was: Route) -> InputError:
+    """The error of whoever looked at a version that is no longer in force."""
+    return InputError(
+        f"the route of {was.alias!r} changed while we looked; nothing was done",
+        expected=f"version {was.version}",
+        next_step=f"understudy rollout history {was.alias}",
+    )

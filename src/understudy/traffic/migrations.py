@@ -283,6 +283,20 @@ M016_ADD_PLAIN = Migration(
     ),
 )
 
+M017_ADD_CANDIDATES = Migration(
+    "m017_add_candidates",
+    tuple(
+        f"ALTER TABLE {table} ADD COLUMN {column}"
+        for table in ("routes", "route_history")
+        for column in (
+            "candidate TEXT NOT NULL DEFAULT ''",
+            "share REAL NOT NULL DEFAULT 0",
+            "origin INTEGER NOT NULL DEFAULT 0",
+        )
+    ),
+)
+
+
 HISTORY = (
     M001_CREATE_CALLS,
     M002_CREATE_BLOBS,
@@ -300,6 +314,7 @@ HISTORY = (
     M014_ADD_RETENTION,
     M015_ADD_LIMITS,
     M016_ADD_PLAIN,
+    M017_ADD_CANDIDATES,
 )
 
 

@@ -72,6 +72,16 @@ def exchanges(
     return found
 
 
+def exchange(store: Store, key: str, *, until: float | None = None) -> Exchange | None:
+    """One recorded chat call with its texts, and what was said of it by ``until`` (Unix seconds; None: ever);
+    None where there is none or it was recorded without texts."""
+    stored = store.call(key)
+    if stored is None:
+        return None
+    said = store.feedback([key])
+    return _exchange(stored, [f for f in said if until is None or f.at <= until])
+
+
 def split(sample: Iterable[Exchange], held_out: float) -> Split:
     """Divide by prompt: the same prompt always falls on the same side, whatever else is in the sample.
 

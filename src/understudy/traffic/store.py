@@ -30,13 +30,16 @@ from understudy.traffic.rows import ATTEMPT_COLUMNS, CALL_COLUMNS, FEEDBACK_COLU
 from understudy.traffic.shelf import Bodies, Place, Shelf, chunks, marks
 
 Price = Callable[[Call], Cost | None]
-Stage = Literal["replay", "shadow", "canary", "promoted", "rolled_back"]
+Stage = Literal["shadow", "canary", "held", "promoted", "rolled_back"]
 
 PAGE = 250
 """Calls read at a time: a reader never holds the database, nor more than a page, in memory."""
 
 
-_ROUTE_COLUMNS = "alias, version, model, fallback, stage, changed_at, changed_by, reason, evidence"
+_ROUTE_COLUMNS = (
+    "alias, version, model, fallback, stage, changed_at, changed_by, reason, evidence, "
+    "candidate, share, origin"
+)
 _KEY_COLUMNS = f"id, name, created, revoked, {', '.join(Limits._fields)}"
 _SHAPE_COLUMNS = f"key, at, modalities, features, max_tokens, task_id, {USAGE_COLUMNS}"
 
@@ -58,6 +61,12 @@ class Route(NamedTuple):
     reason: str
     evidence: str
     """Path or hash of the certificate that allowed it; empty when nobody asked for proof."""
+    candidate: str = ""
+    """ENDPOINT/MODEL on trial; empty when none is."""
+    share: float = 0.0
+    """Share of tasks the candidate has in a canary, or had when it was held."""
+    origin: int = 0
+    """Version with which its trial began."""
 
 
 class Key(NamedTuple):
@@ -479,13 +488,22 @@ class Store:
         by: str,
         reason: str,
         evidence: str = "",
+        candidate: str = "",
+        share: float = 0.0,
+        origin: int = 0,
+        at: float | None = None,
     ) -> bool:
         """Compare and set: False, and nothing changed, when the alias is not at ``expected_version``.
 
-        0 stands for an alias without a route. The change and its history are on disk on return.
+        0 stands for an alias without a route; ``at`` is the time of the change in Unix seconds, None now. The
+        change and its history are on disk on return.
         """
         spread = msgspec.json.encode(list(fallback)).decode()
-        row = (alias, expected_version + 1, model, spread, stage, time.time(), by, reason, evidence)
+        when = time.time() if at is None else at
+        row = (
+            *(alias, expected_version + 1, model, spread, stage, when, by, reason, evidence),
+            *(candidate, share, origin),
+        )
         with self._database.transaction(durable=True):
             found = self.route(alias)
             if (found.version if found else 0) != expected_version:
@@ -496,10 +514,12 @@ class Store:
         return True
 
     def route_history(self, alias: str | None = None) -> list[Route]:
-        """Every version of an alias's route (or of all), oldest first."""
+        """Every version of an alias's route, or of all in order of time; oldest first."""
         where = _Where()
         where.add("alias = ?", alias)
-        sql = f"SELECT {_ROUTE_COLUMNS} FROM route_history {where.sql} ORDER BY changed_at, version"  # noqa: S608
+        # clocks of several machines need not agree; versions do
+        order = "changed_at, version" if alias is None else "version"
+        sql = f"SELECT {_ROUTE_COLUMNS} FROM route_history {where.sql} ORDER BY {order}"  # noqa: S608
         return [_route(row) for row in self._database.query(sql, where.values)]
 
     # keys

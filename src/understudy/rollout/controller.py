@@ -1,0 +1,151 @@
+"""Takes trials through their course: reads the evidence, decides, and changes the route.
+
+Whatever it knows it reads from the store, so any process may be it, and one that dies is replaced by the
+next; of two at once, compare-and-set lets one win each step. It ignores how a step is decided (course) and
+how gateways follow (gateway).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from understudy.config import Config, Rollout
+from understudy.errors import InputError, UserError
+from understudy.rollout.course import Step, decide
+from understudy.rollout.evidence import Evidence
+from understudy.rollout.shadow import Means, Shadow
+from understudy.rollout.standing import Standing
+from understudy.rollout.trials import UNDER_WAY, set_stage
+from understudy.traffic.store import Route, Store
+
+BY = "understudy"
+"""Who made a change that no person made."""
+
+_log = logging.getLogger("understudy.rollout")
+
+
+class Report(NamedTuple):
+    """A trial as it stands."""
+
+    route: Route
+    standing: Standing
+    missing: list[str]
+    """What the next step waits for; empty when it was just taken."""
+
+
+class Trial:
+    """What one process knows of a trial under way."""
+
+    def __init__(self, store: Store, route: Route, settings: Rollout) -> None:
+        history = [r for r in store.route_history(route.alias) if r.origin == route.origin]
+        self.standing = Standing(settings)
+        self._began = history[0].changed_at if history else route.changed_at
+        self._canary = next((r.changed_at for r in history if r.stage == "canary"), None)
+        self.shadow = Shadow(store, route.alias, route.candidate, self._began, settings)
+        self._store = store
+        self._settings = settings
+        self._evidence: Evidence | None = None
+
+    def look(self, route: Route, now: float) -> Standing:
+        """Fold in what happened since the last look. Raises StoreError."""
+        self.standing.add_pairs(self.shadow.pairs())
+        if self._evidence is None and route.stage == "canary":
+            self._evidence = Evidence(
+                self._store,
+                route.alias,
+                candidate=route.candidate,
+                incumbent=route.model,
+                since=self._canary or route.changed_at,
+                settle_s=self._settings.settle_s,
+            )
+        if self._evidence is not None:
+            self.standing.add(self._evidence.until(now))
+        return self.standing
+
+
+class Controller:
+    """All trials of a store."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        means: Callable[[str], Means],
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """``means`` gives what copying to a candidate (ENDPOINT/MODEL) needs."""
+        self._store = store
+        self._settings = config.rollout or Rollout()
+        self._means = means
+        self._clock = clock
+        self._trials: dict[tuple[str, int], Trial] = {}
+
+    async def step(self) -> list[Report]:
+        """Look at every trial under way once, and take the steps that are due.
+
+        A trial that cannot be looked at is logged and left as it is. Raises StoreError.
+        """
+        routes = [r for r in self._store.routes().values() if r.candidate and r.stage in UNDER_WAY]
+        self._trials = {
+            (r.alias, r.origin): self._trials.get((r.alias, r.origin))
+            or Trial(self._store, r, self._settings)
+            for r in routes
+        }
+        return [await self._one(route) for route in routes]
+
+    async def _one(self, route: Route) -> Report:
+        trial = self._trials[route.alias, route.origin]
+        now = self._clock()
+        standing = trial.look(route, now)
+        decision = decide(route, standing, self._settings, now)
+        step = decision.step
+        if step is None and route.stage == "shadow":
+            if trial.shadow.broke:
+                spent = f"${trial.shadow.spent_usd:.2f} were spent on {standing.pairs} copies"
+                step = Step("held", 0.0, f"{spent}, all that [rollout] shadow_usd allows")
+            else:
+                await self._copy(route, trial, now)
+        if step is None:
+            return Report(route, standing, decision.missing)
+        return Report(self._take(route, step), standing, [])
+
+    async def _copy(self, route: Route, trial: Trial, now: float) -> None:
+        try:
+            await trial.shadow.copy(now, self._means(route.candidate))
+        except InputError as error:  # an endpoint that left the config, say
+            _log.warning("%s: no copies for %s: %s", route.alias, route.candidate, error)
+
+    def _take(self, route: Route, step: Step) -> Route:
+        try:
+            moved = set_stage(self._store, route, step, BY, self._clock())
+        except InputError:
+            return route  # somebody was faster; the next pass sees what they did
+        share = f" {step.share:.0%}" if step.stage == "canary" else ""
+        _log.info("%s: %s %s%s: %s", route.alias, route.candidate, step.stage, share, step.reason)
+        return moved.now
+
+
+async def watch_over(
+    controller: Controller, told: Callable[[Report], None], *, every_s: float, once: bool = False
+) -> None:
+    """Run until cancelled; ``told`` hears of every step taken and, under ``once``, of every trial.
+
+    A store that cannot be reached is tried again.
+    """
+    while True:
+        try:
+            for report in await controller.step():
+                if once or not report.missing:
+                    told(report)
+        except UserError as error:
+            if once:
+                raise
+            _log.warning("trials cannot be looked at: %s", error)
+        if once:
+            return
+        await asyncio.sleep(every_s)

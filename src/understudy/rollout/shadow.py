@@ -1,0 +1,187 @@
+"""The shadow: recorded calls put to the candidate as well, where no client waits for the answer.
+
+Copies are made of what is in the store, some time after the client was served, so they can neither delay nor
+fail a client, and nobody carries out the tools they ask for. Answers are kept in the store under
+``ALIAS#shadow`` and pairs are read back from there, so a process that starts again pays for no copy twice.
+It ignores calls recorded without their texts, and what follows from a pair (standing).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from hashlib import blake2b
+from typing import NamedTuple
+
+import msgspec
+
+from understudy.config import Rollout
+from understudy.endpoint import Endpoint
+from understudy.errors import EndpointError
+from understudy.evaluate.evidence import finish_reason
+from understudy.evaluate.replay import asked
+from understudy.evaluate.workers import side_by_side
+from understudy.rollout.evidence import graded, useless
+from understudy.rollout.standing import Pair
+from understudy.traffic.record import Attempt, Call, new_key
+from understudy.traffic.redact import Redactor
+from understudy.traffic.sample import Exchange, exchange
+from understudy.traffic.store import Price, Store
+
+OF = "shadow_of"
+"""Tag of a copy: the key of the call it was made of."""
+AT_ONCE = 8
+MOST = 32
+"""Copies made in one pass."""
+
+
+class Means(NamedTuple):
+    """What copying needs."""
+
+    connect: Callable[[], AbstractAsyncContextManager[Endpoint]]
+    """To the candidate."""
+    price: Price
+    redactor: Redactor | None
+    """Applied to the copies' answers, as the gateway does to its own."""
+
+
+def shadow_alias(alias: str) -> str:
+    """The name under which an alias's copies are kept."""
+    return f"{alias}#shadow"
+
+
+class Shadow:
+    """The copies of one trial."""
+
+    def __init__(self, store: Store, alias: str, candidate: str, since: float, settings: Rollout) -> None:
+        self._store = store
+        self._alias = alias
+        self._candidate = candidate
+        self._since = since
+        self._settings = settings
+        self._copied: set[str] = set()
+        self._seen = since
+        self.spent_usd = 0.0
+        """Of the copies that have a price."""
+
+    def pairs(self) -> list[Pair]:
+        """Copies answered since it was last asked, beside what they were made of. Raises StoreError."""
+        found: list[Pair] = []
+        for stored in self._store.calls(alias=shadow_alias(self._alias), since=self._seen):
+            call, of = stored.call, stored.call.tags.get(OF, "")
+            if call.target != self._candidate or of in self._copied:
+                continue
+            self._copied.add(of)
+            self.spent_usd += stored.cost.usd if stored.cost else 0.0
+            self._seen = max(self._seen, call.at)
+            was = exchange(self._store, of)
+            if was is not None:
+                found.append(self._pair(was, call))
+        return found
+
+    async def copy(self, now: float, means: Means) -> int:
+        """Put the next recorded calls to the candidate; returns how many.
+
+        Only calls old enough for their outcome to be known are copied. Raises StoreError.
+        """
+        waiting = list(self._next(now))
+        answers: list[Call] = []
+
+        if waiting:
+            async with means.connect() as client:
+
+                async def work() -> None:
+                    while waiting:
+                        copied = await _copy(client, waiting.pop(), self._alias, self._candidate)
+                        answers.append(means.redactor.call(copied) if means.redactor else copied)
+
+                await side_by_side(work, min(AT_ONCE, len(waiting)))
+            segment = f"shadow/{self._alias}"
+            beyond = self._store.reached(segment) + 1
+            self._store.insert(sorted(answers, key=lambda c: c.key), segment, beyond, price=means.price)
+        return len(answers)
+
+    @property
+    def broke(self) -> bool:
+        """Whether its money is spent."""
+        return self.spent_usd >= self._settings.shadow_usd
+
+    def _next(self, now: float) -> Iterator[Exchange]:
+        most = 0 if self.broke else min(MOST, self._settings.shadow_tasks - len(self._copied))
+        settled = now - self._settings.settle_s
+        for stored in self._store.calls(alias=self._alias, since=self._since, until=settled, ok=True):
+            if most <= 0:
+                return
+            call = stored.call
+            if call.route != "chat.completions" or call.key in self._copied or not self._drawn(call.key):
+                continue
+            if found := exchange(self._store, call.key):
+                most -= 1
+                yield found
+
+    def _drawn(self, key: str) -> bool:
+        place = int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) / 2**64
+        return place < self._settings.shadow_sample
+
+    def _pair(self, was: Exchange, copy: Call) -> Pair:
+        answer = exchange(self._store, copy.key) if copy.status < 400 else None
+        if answer is None:
+            return Pair(failed=True, invalid=False, was_invalid=False, outcome=None, was_outcome=None)
+        right = was.expected is not None
+        judged = answer._replace(expected=was.expected, tags=was.tags, grades={})
+        return Pair(
+            failed=False,
+            invalid=answer_cut(copy) or useless(answer.request, answer.body),
+            was_invalid=finish_reason(was.body) == "length" or useless(was.request, was.body),
+            outcome=graded(judged) if right else None,
+            was_outcome=graded(was) if right else None,
+        )
+
+
+def answer_cut(call: Call) -> bool:
+    """Whether the token limit ended it."""
+    return call.finish_reason == "length"
+
+
+async def _copy(client: Endpoint, of: Exchange, alias: str, candidate: str) -> Call:
+    request, begun = asked(of.request), time.time()
+    record = Call(
+        key=new_key(),
+        at=begun,
+        route="chat.completions",
+        alias=shadow_alias(alias),
+        target=candidate,
+        status=502,
+        request=msgspec.json.encode(request),
+        tags={OF: of.key},
+    )
+    try:
+        answer = await client.chat(request)
+    except EndpointError as error:
+        return _unanswered(record, error)
+    return msgspec.structs.replace(
+        record,
+        status=answer.status,
+        response=msgspec.json.encode(answer.body),
+        attempts=[
+            Attempt(target=candidate, status=answer.status, billed="yes", started=begun, ended=time.time())
+        ],
+        answered_by=str(answer.body.get("model", "")),
+        usage=answer.usage,
+        ttft_s=answer.ttft_s,
+        total_s=answer.total_s,
+        finish_reason=finish_reason(answer.body),
+    )
+
+
+def _unanswered(record: Call, error: EndpointError) -> Call:
+    attempt = Attempt(
+        target=record.target,
+        status=error.status or 0,
+        billed="unknown",
+        started=record.at,
+        ended=time.time(),
+        error=str(error),
+    )
+    return msgspec.structs.replace(record, status=error.status or 502, attempts=[attempt])

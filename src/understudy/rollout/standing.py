@@ -1,0 +1,143 @@
+"""Where a trial stands: evidence folded into bets, task by task.
+
+Each guard bets on its own; what is too slow or too dear is measured by the incumbent beside it, not by last
+week's. It ignores where evidence comes from (evidence) and what follows from it (controller).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from understudy.config import Rollout
+from understudy.rollout.betting import Difference, Excess, Round, Rounds
+from understudy.rollout.evidence import Answered, Event
+
+RECENT = 500
+"""Tasks of the incumbent from which its p95 is read."""
+FEWEST = 20
+"""Before it has had so many, nothing is called slow or dear."""
+
+
+class Pair(NamedTuple):
+    """A recorded call and the candidate's answer to a copy of it."""
+
+    failed: bool
+    invalid: bool
+    was_invalid: bool
+    """The incumbent's answer."""
+    outcome: float | None
+    was_outcome: float | None
+
+
+class Ceiling:
+    """The incumbent's recent p95, times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+        self._recent: deque[float] = deque(maxlen=RECENT)
+
+    def over(self, value: float | None, *, candidate: bool) -> float | None:
+        """1 where ``value`` lies above what the incumbent had set before it, else 0; None while unknown."""
+        if value is None:
+            return None
+        limit = self._limit()
+        if not candidate:
+            self._recent.append(value)
+        return None if limit is None else float(value > limit)
+
+    def _limit(self) -> float | None:
+        if len(self._recent) < FEWEST:
+            return None
+        ranked = sorted(self._recent)
+        return ranked[math.ceil(0.95 * len(ranked)) - 1] * self._factor
+
+
+class Guard:
+    """One thing that must not happen to the candidate more often than beside it."""
+
+    def __init__(self, tolerated: float) -> None:
+        self.excess = Excess(tolerated)
+        self._rounds = Rounds()
+
+    def add(self, happened: float | None, *, candidate: bool) -> None:
+        if happened is not None and (closed := self._rounds.add(happened, candidate=candidate)):
+            self.excess.add(closed)
+
+    def add_pair(self, candidate: float, incumbent: float) -> None:
+        """Both models on the same request."""
+        self.excess.add(Round(candidate, incumbent))
+
+
+class Standing:
+    """The evidence of one trial so far."""
+
+    def __init__(self, settings: Rollout) -> None:
+        self.difference = Difference(settings.margin)
+        self.guards = {
+            "errors": Guard(settings.errors),
+            "invalid answers": Guard(settings.invalid),
+            "time to the first byte": Guard(settings.slow),
+            "total time": Guard(settings.slow),
+            "cost per task": Guard(settings.costly),
+        }
+        self.answered = 0
+        """Tasks of the candidate whose first call ended."""
+        self.scored = 0
+        """Tasks of the candidate of which somebody said how they went."""
+        self.pairs = 0
+        """Copies answered in the shadow."""
+        self._settled: list[float] = []
+        self._outcomes = Rounds()
+        self._first = Ceiling(settings.slow_factor)
+        self._total = Ceiling(settings.slow_factor)
+        self._cost = Ceiling(settings.costly_factor)
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Fold in what happened, in order of time."""
+        for event in events:
+            if isinstance(event, Answered):
+                self._add_answered(event)
+            else:
+                cost = self._cost.over(event.usd, candidate=event.candidate)
+                self.guards["cost per task"].add(cost, candidate=event.candidate)
+                self._add_outcome(event.outcome, candidate=event.candidate)
+                if event.candidate:
+                    self._settled.append(event.at)
+
+    def add_pairs(self, pairs: Iterable[Pair]) -> None:
+        """Fold in what the shadow showed."""
+        for pair in pairs:
+            self.pairs += 1
+            self.guards["errors"].add_pair(float(pair.failed), 0.0)
+            if not pair.failed:
+                self.guards["invalid answers"].add_pair(float(pair.invalid), float(pair.was_invalid))
+            if pair.outcome is not None and pair.was_outcome is not None:
+                self.difference.add(Round(pair.outcome, pair.was_outcome))
+
+    def settled_since(self, moment: float) -> int:
+        """Tasks of the candidate that settled after ``moment`` (Unix seconds)."""
+        return len(self._settled) - bisect_right(self._settled, moment)
+
+    def _add_answered(self, event: Answered) -> None:
+        arm = event.candidate
+        self.answered += arm
+        self.guards["errors"].add(float(event.failed), candidate=arm)
+        if event.failed:
+            return
+        self.guards["invalid answers"].add(float(event.invalid), candidate=arm)
+        for name, ceiling, value in (
+            ("time to the first byte", self._first, event.ttft_s),
+            ("total time", self._total, event.total_s),
+        ):
+            self.guards[name].add(ceiling.over(value, candidate=arm), candidate=arm)
+
+    def _add_outcome(self, outcome: float | None, *, candidate: bool) -> None:
+        if outcome is None:
+            return
+        self.scored += candidate
+        if closed := self._outcomes.add(outcome, candidate=candidate):
+            self.difference.add(closed)

@@ -1,0 +1,126 @@
+"""A candidate's trial on an alias as rows of the route: begun, held, gone on with, ended.
+
+Every change is a compare-and-set on the version that was looked at, so of two operators, or an operator and
+the controller, one is refused and nothing is half done. It ignores evidence (standing) and the order of
+stages (course).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from understudy.config import Alias, Rollout
+from understudy.errors import InputError
+from understudy.rollout.course import Step
+from understudy.rollout.move import Moved, changed_meanwhile, current, roll_back
+from understudy.traffic.store import Route, Stage, Store
+
+UNDER_WAY = frozenset({"shadow", "canary"})
+
+
+class Order(NamedTuple):
+    """Who changes a trial, and why."""
+
+    by: str
+    reason: str
+    version: int | None = None
+    """Of the route they looked at; None: whatever it is now."""
+
+
+def begin(
+    store: Store,
+    alias: str,
+    candidate: str,
+    order: Order,
+    settings: Rollout,
+    *,
+    evidence: str = "",
+    initial: Alias | None = None,
+) -> Moved:
+    """Put ``candidate`` on trial; the alias keeps its model until the trial promotes the other.
+
+    Raises InputError when one is on trial already, when it is the alias's model, and when somebody else
+    changed the route.
+    """
+    was = _looked_at(store, alias, order, initial)
+    if was.candidate:
+        raise InputError(
+            f"{was.candidate} is on trial for {alias!r} already",
+            expected="an alias without a trial",
+            next_step=f"understudy rollout status {alias}, or understudy rollout abort {alias}",
+        )
+    if candidate == was.model:
+        raise InputError(f"{candidate} answers {alias!r} already", expected="another model to move to")
+    shadow = settings.shadow_tasks > 0
+    begun = was._replace(candidate=candidate, origin=was.version + 1, evidence=evidence)
+    share = 0.0 if shadow else settings.shares[0]
+    return set_stage(store, begun, Step("shadow" if shadow else "canary", share, order.reason), order.by)
+
+
+def pause(store: Store, alias: str, order: Order, initial: Alias | None = None) -> Moved:
+    """Send every task to the incumbent; what the trial has learnt stays."""
+    was = _on_trial(store, alias, order, initial)
+    if was.stage == "held":
+        return Moved(was, was)
+    return set_stage(store, was, Step("held", was.share, order.reason), order.by)
+
+
+def resume(store: Store, alias: str, order: Order, initial: Alias | None = None) -> Moved:
+    """Go on where the trial was held."""
+    was = _on_trial(store, alias, order, initial)
+    if was.stage != "held":
+        return Moved(was, was)
+    stage: Stage = "canary" if was.share else "shadow"
+    return set_stage(store, was, Step(stage, was.share, order.reason), order.by)
+
+
+def abort(store: Store, alias: str, order: Order, initial: Alias | None = None) -> Moved:
+    """End the trial, or with none under way put back the route before the last move."""
+    was = _looked_at(store, alias, order, initial)
+    if not was.candidate:
+        return roll_back(store, alias, by=order.by, reason=order.reason, expected_version=order.version)
+    return set_stage(store, was, Step("rolled_back", 0.0, order.reason), order.by)
+
+
+def set_stage(store: Store, was: Route, step: Step, by: str, at: float | None = None) -> Moved:
+    """Carry out a step of a trial, at ``at`` (Unix seconds; None: now).
+
+    Raises InputError when the route is not at ``was.version`` any more.
+    """
+    promoted, over = step.stage == "promoted", step.stage in ("promoted", "rolled_back")
+    model = was.candidate if promoted else was.model
+    changed = store.set_route(
+        was.alias,
+        model,
+        expected_version=was.version,
+        fallback=tuple(target for target in was.fallback if target != model),
+        stage=step.stage,
+        by=by,
+        reason=step.reason,
+        evidence=was.evidence,
+        candidate="" if over else was.candidate,
+        share=step.share,
+        origin=was.origin,
+        at=at,
+    )
+    if not changed:
+        raise changed_meanwhile(was)
+    return Moved(was, store.route_history(was.alias)[was.version])
+
+
+def _looked_at(store: Store, alias: str, order: Order, initial: Alias | None) -> Route:
+    was = current(store, alias, initial)
+    if order.version not in (None, was.version):
+        raise changed_meanwhile(was._replace(version=order.version or 0))
+    return was
+
+
+def _on_trial(store: Store, alias: str, order: Order, initial: Alias | None) -> Route:
+    was = _looked_at(store, alias, order, initial)
+    if not was.candidate:
+        raise InputError(
+            f"nothing is on trial for {alias!r}",
+            expected="an alias with a candidate",
+            next_step=f"understudy rollout start {alias} --to ENDPOINT/MODEL",
+        )
+    return was

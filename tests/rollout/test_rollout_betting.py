@@ -1,0 +1,89 @@
+"""The bets: hand-computed wealth, and how often they are wrong and right."""
+
+from __future__ import annotations
+
+import random
+from statistics import median
+
+import pytest
+
+from understudy.rollout.betting import EFFECTS, Difference, Excess, Round, Rounds
+
+RUNS = 200
+
+
+def outcomes(
+    candidate: float, incumbent: float, share: float, tasks: int, seed: int
+) -> list[tuple[bool, float]]:
+    rng = random.Random(seed)
+    dealt = [rng.random() < share for _ in range(tasks)]
+    return [(arm, float(rng.random() < (candidate if arm else incumbent))) for arm in dealt]
+
+
+def highest(candidate: float, incumbent: float, seed: int, tasks: int = 1500) -> tuple[float, float]:
+    """The most evidence there ever was: for worse, for no worse."""
+    rounds, bets = Rounds(), Difference(0.1)
+    worse = fine = 0.0
+    for arm, value in outcomes(candidate, incumbent, 0.5, tasks, seed):
+        if closed := rounds.add(value, candidate=arm):
+            bets.add(closed)
+            worse, fine = max(worse, bets.e_worse), max(fine, bets.e_fine)
+    return worse, fine
+
+
+def test_a_round_closes_when_both_sides_were_seen() -> None:
+    rounds = Rounds()
+    assert rounds.add(1.0, candidate=False) is None
+    assert rounds.add(0.0, candidate=False) is None
+    assert rounds.add(1.0, candidate=True) == Round(candidate=1.0, incumbent=0.5)
+    assert rounds.add(1.0, candidate=True) is None
+
+
+def test_wealth_after_one_round_is_as_computed_by_hand() -> None:
+    bets = Difference(0.1)
+    bets.add(Round(candidate=0.0, incumbent=1.0))
+    stakes = [min(e * 0.1 / (0.25 + (e * 0.1) ** 2), 0.75) for e in EFFECTS]
+    assert bets.e_worse == pytest.approx(sum(1 + s for s in stakes) / 3)
+    tops = [min(e * 0.1 / (0.25 + (e * 0.1) ** 2), 0.75 / 0.9) for e in EFFECTS]
+    assert bets.e_fine == pytest.approx(sum(1 - 0.9 * s for s in tops) / 3)
+    guard = Excess(0.1)
+    guard.add(Round(candidate=1.0, incumbent=0.0))
+    assert guard.e_value == pytest.approx(sum(1 + s * 9 for s in (0.05, 0.2, 0.6)) / 3)
+    guard.add(Round(candidate=1.0, incumbent=1.0))  # both: nobody's fault
+    assert guard.rate == 0.5
+
+
+def test_at_the_margin_few_are_ever_called_fine() -> None:
+    called = sum(highest(0.7, 0.8, seed)[1] >= 20 for seed in range(RUNS))
+    # at most 5% in truth; four standard errors above that for the simulation
+    assert called <= RUNS * 0.05 + 4 * (RUNS * 0.05 * 0.95) ** 0.5
+
+
+def test_an_equal_candidate_is_called_fine_and_never_worse() -> None:
+    peaks = [highest(0.8, 0.8, seed) for seed in range(RUNS)]
+    assert sum(fine >= 20 for _, fine in peaks) > 0.8 * RUNS
+    assert sum(worse >= 1000 for worse, _ in peaks) <= 2
+
+
+def test_ten_points_worse_is_seen_within_300_canary_tasks() -> None:
+    needed: list[int] = []
+    for seed in range(60):
+        rounds, bets, tasks = Rounds(), Difference(0.05), 0
+        for arm, value in outcomes(0.8, 0.9, 0.05, 40_000, seed):
+            tasks += arm
+            if (closed := rounds.add(value, candidate=arm)) and not bets.add(closed) and bets.e_worse >= 1000:
+                break
+        needed.append(tasks)
+    assert median(needed) <= 300
+
+
+@pytest.mark.parametrize(("rate", "alarms"), [(0.02, False), (0.3, True)])
+def test_a_guard_keeps_still_below_what_is_tolerated(rate: float, alarms: bool) -> None:
+    raised = 0
+    for seed in range(100):
+        rng, guard, top = random.Random(seed), Excess(0.02), 0.0
+        for _ in range(400):
+            guard.add(Round(float(rng.random() < rate), 0.0))
+            top = max(top, guard.e_value)
+        raised += top >= 1000
+    assert raised >= 99 if alarms else raised <= 3

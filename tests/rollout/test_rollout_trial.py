@@ -1,0 +1,303 @@
+"""Whole trials on a real store under a clock of our own: tasks are dealt by the gateway's own table, answered
+by scripted models, indexed, and judged by the controller."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from understudy import config as configuration
+from understudy.config import Config, Rollout
+from understudy.endpoint import ScriptedModel
+from understudy.errors import InputError
+from understudy.gateway.routing import build_table
+from understudy.gateway.upstream import Upstream
+from understudy.protocol import Cost, Usage
+from understudy.rollout.controller import Controller, Report
+from understudy.rollout.shadow import Means, shadow_alias
+from understudy.rollout.trials import Order, abort, begin, pause, resume
+from understudy.traffic.record import Attempt, Call, Feedback, new_key
+from understudy.traffic.store import Store, open_store, unpriced
+
+OLD, NEW = "vendor/old", "local/new"
+ME = Order("me", "because")
+TEXT = """
+[endpoints.vendor]
+base_url = "http://127.0.0.1:1/v1"
+[endpoints.local]
+base_url = "http://127.0.0.1:2/v1"
+[aliases.chat]
+model = "vendor/old"
+[rollout]
+shadow_tasks = 0
+shares = [0.1, 0.3, 0.5]
+tasks = [5, 10, 10]
+margin = 0.2
+settle_s = 4
+"""
+
+
+class World:
+    """An application, two models and a clock; a task a second."""
+
+    def __init__(self, store: Store, config: Config, *, old: float = 0.9, new: float = 0.9) -> None:
+        self.store, self.config = store, config
+        self.right = {OLD: old, NEW: new}
+        self.fails: set[str] = set()
+        self.seconds = {OLD: 0.5, NEW: 0.5}
+        self.speaks = True
+        self.text = "yes"
+        self.now = time.time()
+        self.rng = random.Random(7)
+        self.dealt: dict[str, int] = {OLD: 0, NEW: 0}
+        self.copies = ScriptedModel("new", lambda request: "yes")
+        self.controller = self.anew()
+        upstream = cast(Upstream, None)  # only names are dealt out here
+        self.upstreams: Mapping[str, Upstream] = {"vendor": upstream, "local": upstream}
+
+    def anew(self) -> Controller:
+        """A controller that knows nothing yet, as after a crash."""
+        return Controller(self.store, self.config, self.means, clock=lambda: self.now)
+
+    def means(self, candidate: str) -> Means:
+        @asynccontextmanager
+        async def connect() -> Any:
+            yield self.copies
+
+        return Means(connect, unpriced, None)
+
+    async def pass_on(self, tasks: int, *, until: str = "") -> list[Report]:
+        """So many tasks, looked at every ten; ends early when the route reaches the stage ``until``."""
+        reports: list[Report] = []
+        for number in range(tasks):
+            self._task(f"t{self.now:.0f}-{number}")
+            self.now += 1.0
+            if number % 10 == 9:
+                reports = await self.controller.step() or reports
+                route = self.store.route("chat")
+                if route and route.stage == until:
+                    break
+        return reports
+
+    def _task(self, task: str) -> None:
+        table = build_table(self.config, self.upstreams, self.store.routes())
+        targets = [t.name for t in table.targets("chat", task.encode())]
+        self.dealt[targets[0]] += 1
+        attempts: list[Attempt] = []
+        for target in targets:
+            status = 503 if target in self.fails else 200
+            attempts.append(
+                Attempt(target=target, status=status, billed="yes", started=self.now, ended=self.now)
+            )
+            if status == 200:
+                break
+        answered = attempts[-1].target
+        call = self._call(task, answered, attempts)
+        right = self.rng.random() < self.right[answered]
+        records: list[Call | Feedback] = [call]
+        if self.speaks:
+            score = Feedback(key=new_key(), call=call.key, at=self.now + 1, metric="ok", value=float(right))
+            records.append(score)
+        offset = self.store.reached("world") + 1
+        self.store.insert(records, "world", offset, price=lambda c: Cost(0.001, "2026-01-01", "test"))
+
+    def _call(self, task: str, answered: str, attempts: list[Attempt]) -> Call:
+        body = {
+            "choices": [{"message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]
+        }
+        return Call(
+            key=new_key(),
+            at=self.now,
+            route="chat.completions",
+            alias="chat",
+            target=answered,
+            status=attempts[-1].status,
+            request=msgspec.json.encode({"model": "chat", "messages": [{"role": "user", "content": task}]}),
+            response=msgspec.json.encode(body),
+            attempts=attempts,
+            usage=Usage(prompt_tokens=5, completion_tokens=1),
+            ttft_s=self.seconds[answered] / 2,
+            total_s=self.seconds[answered],
+            finish_reason="stop",
+            task_id=task,
+        )
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return configuration.parse(TEXT, "understudy.toml", tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store("sqlite:///understudy.db", tmp_path) as opened:
+        yield opened
+
+
+def settings(config: Config, **changes: Any) -> Config:
+    rollout = msgspec.structs.replace(config.rollout or Rollout(), **changes)
+    return msgspec.structs.replace(config, rollout=rollout)
+
+
+def started(store: Store, config: Config, **world: Any) -> World:
+    begin(store, "chat", NEW, ME, config.rollout or Rollout(), initial=config.aliases["chat"])
+    return World(store, config, **world)
+
+
+async def test_an_equal_candidate_goes_through_every_share_and_is_promoted(
+    store: Store, config: Config
+) -> None:
+    world = started(store, config)
+    await world.pass_on(3000, until="promoted")
+    history = store.route_history("chat")
+    assert [(r.stage, r.share) for r in history[1:]] == [
+        ("canary", 0.1), ("canary", 0.3), ("canary", 0.5), ("promoted", 0.0),
+    ]  # fmt: skip
+    assert (history[-1].model, history[-1].candidate, history[-1].changed_by) == (NEW, "", "understudy")
+    assert "not worse by 0.2" in history[-1].reason
+    assert abort(store, "chat", ME).now.model == OLD
+
+
+async def test_a_worse_candidate_is_rolled_back(store: Store, config: Config) -> None:
+    world = started(store, config, new=0.3)
+    await world.pass_on(3000, until="rolled_back")
+    route = store.route("chat")
+    assert route is not None
+    assert (route.model, route.stage, route.candidate) == (OLD, "rolled_back", "")
+    assert "outcomes" in route.reason
+
+
+async def test_an_outage_is_over_within_twenty_requests_and_no_client_sees_it(
+    store: Store, config: Config
+) -> None:
+    world = started(store, config)
+    world.fails = {NEW}
+    await world.pass_on(2000, until="rolled_back")
+    route = store.route("chat")
+    assert route is not None
+    assert route.stage == "rolled_back"
+    assert "errors" in route.reason
+    assert world.dealt[NEW] <= 20
+    assert all(c.call.status == 200 and c.call.target == OLD for c in store.calls(alias="chat"))
+
+
+async def test_a_slow_candidate_is_rolled_back_for_that(store: Store, config: Config) -> None:
+    world = started(store, config)
+    world.seconds[NEW] = 1.9
+    await world.pass_on(3000, until="rolled_back")
+    route = store.route("chat")
+    assert route is not None
+    assert route.stage == "rolled_back"
+    assert "time" in route.reason
+
+
+async def test_empty_answers_on_both_sides_are_nobodys_fault(store: Store, config: Config) -> None:
+    world = started(store, config)
+    world.text = " "
+    await world.pass_on(400)
+    route = store.route("chat")
+    assert route is not None
+    assert route.stage in ("canary", "promoted")
+
+
+async def test_without_outcomes_it_waits_and_says_so_then_is_held(store: Store, config: Config) -> None:
+    world = started(store, settings(config, hold_days=1))
+    world.speaks = False
+    reports = await world.pass_on(400)
+    assert any("report right answers" in missing for missing in reports[0].missing)
+    assert [r.share for r in store.route_history("chat")][-1] == 0.3  # never beyond without proof
+    world.now += 86_500
+    await world.controller.step()
+    held = store.route("chat")
+    assert held is not None
+    assert (held.stage, held.share) == ("held", 0.3)
+    assert "undecided after 1 days" in held.reason
+
+
+async def test_a_held_trial_sends_nobody_to_the_candidate_until_it_is_resumed(
+    store: Store, config: Config
+) -> None:
+    world = started(store, config)
+    pause(store, "chat", ME)
+    await world.pass_on(60)
+    assert world.dealt[NEW] == 0
+    resume(store, "chat", ME)
+    await world.pass_on(60)
+    assert world.dealt[NEW] > 0
+
+
+async def test_a_controller_that_starts_again_knows_the_same(store: Store, config: Config) -> None:
+    world = started(store, settings(config, tasks=[50, 50, 50]))
+    [before] = await world.pass_on(200)
+    [after] = await world.anew().step()
+    for name in ("answered", "scored"):
+        assert getattr(after.standing, name) == getattr(before.standing, name) > 0
+    assert after.standing.difference.e_fine == pytest.approx(before.standing.difference.e_fine)
+    assert after.standing.difference.e_worse == pytest.approx(before.standing.difference.e_worse)
+    errors = [r.standing.guards["errors"].excess.e_value for r in (before, after)]
+    assert errors[0] == pytest.approx(errors[1])
+
+
+async def test_of_two_controllers_one_takes_the_step(store: Store, config: Config) -> None:
+    world = started(store, config)
+    other = world.anew()
+    for _ in range(60):
+        await world.pass_on(10)
+        await other.step()
+    versions = [r.version for r in store.route_history("chat")]
+    assert versions == sorted(set(versions))
+
+
+async def test_the_shadow_pays_for_no_copy_twice_and_leads_to_the_canary(
+    store: Store, config: Config
+) -> None:
+    world = started(store, settings(config, shadow_tasks=12))
+    for _ in range(6):
+        await world.pass_on(10)
+        world.controller = world.anew()
+    copies = [c.call for c in store.calls(alias=shadow_alias("chat"))]
+    assert len(copies) == len({c.tags["shadow_of"] for c in copies}) >= 12
+    assert [r.stage for r in store.route_history("chat")][:3] == ["promoted", "shadow", "canary"]
+    assert world.copies.calls == len(copies)
+
+
+async def test_the_shadows_money_is_capped(store: Store, config: Config) -> None:
+    world = started(store, settings(config, shadow_tasks=500, shadow_usd=0.01))
+    price = Cost(0.001, "2026-01-01", "test")
+    plain = world.means
+    world.means = lambda candidate: plain(candidate)._replace(price=lambda call: price)
+    world.controller = world.anew()
+    await world.pass_on(120, until="held")
+    route = store.route("chat")
+    assert route is not None
+    assert route.stage == "held"
+    assert "shadow_usd" in route.reason
+    assert len(list(store.calls(alias=shadow_alias("chat")))) <= 10 + 32
+
+
+def test_a_version_that_is_gone_is_refused(store: Store, config: Config) -> None:
+    begin(store, "chat", NEW, ME, Rollout(), initial=config.aliases["chat"])
+    for change in (pause, resume, abort):
+        with pytest.raises(InputError, match="changed while we looked"):
+            change(store, "chat", ME._replace(version=1))
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("shares = [0.5, 0.1]", "rising shares"),
+        ("tasks = [1]", "for each of rollout.shares"),
+        ("margin = 1.5", "between 0.0 and 1.0"),
+        ('webhook = "https://hooks.example/secret"', "a key in clear"),
+    ],
+)
+def test_a_course_that_cannot_be_is_named(tmp_path: Path, line: str, fault: str) -> None:
+    with pytest.raises(Exception, match=fault):
+        configuration.parse(f"[rollout]\n{line}\n", "understudy.toml", tmp_path)
