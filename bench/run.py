@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHES = ("gateway", "recording", "catalog", "evaluate", "pruning", "distillation", "serving")
+BENCHES = ("gateway", "recording", "catalog", "evaluate", "rollout", "pruning", "distillation", "serving")
 RESULTS = HERE / "RESULTS.md"
 
 

@@ -88,7 +88,7 @@ def _unproven(standing: Standing, settings: Rollout) -> list[str]:
     if standing.difference.e_fine >= wanted:
         return []
     if not standing.scored:
-        return ["outcomes: report right answers or a number per task to /understudy/feedback"]
+        return ["outcomes: report right answers or a number per task to POST /feedback"]
     return [
         f"outcomes that show it no worse by {settings.margin:g}: e-value {standing.difference.e_fine:.3g} "
         f"of {wanted:g} after {standing.scored} tasks of the candidate"
