@@ -22,7 +22,16 @@ from understudy.catalog.forecast import (
     probability,
     releases_by_line,
 )
-from understudy.catalog.forecast_fit import Asked, Life, Row, kaplan_meier, lives, report
+from understudy.catalog.forecast_fit import (
+    Asked,
+    Life,
+    Row,
+    best_penalty,
+    kaplan_meier,
+    lives,
+    prequential,
+    report,
+)
 
 snapshot = functools.cache(load_catalog)
 NOW = dt.datetime(2026, 11, 24, tzinfo=dt.UTC).timestamp()
@@ -142,11 +151,34 @@ def test_the_report_says_where_the_model_is_no_better() -> None:
         Score(months=12, models=9, retired=3, brier_model=0.1, brier_kaplan_meier=0.2, brier_base_rate=0.25),
         Score(months=24, models=0, retired=0, brier_model=0.0, brier_kaplan_meier=0.0, brier_base_rate=0.0),
     )
-    asked = [Asked(2025, 6, 0.3, 0.2, 0.25, False)]
-    text = report(msgspec.structs.replace(fit, scores=scores), asked, {0.5: asked}, 181)
+    asked = [Asked(day("2025-01-01"), 6, 0.3, 0.2, 0.25, False)]
+    text = report(msgspec.structs.replace(fit, scores=scores), asked, {0.5: asked}, day("2026-01-01"), 181)
     assert "At 6 months the survival model is no better: the base rate is told" in text
     assert "At 12 months the survival model beats both others" in text
     assert "At 24 months nothing can be tested yet" in text
+
+
+def test_the_ridge_is_chosen_by_what_was_known_on_the_day() -> None:
+    def told(start: str, probability: float, retired: bool) -> Asked:
+        return Asked(day(start), 6, probability, 0.0, 0.0, retired)
+
+    bold = [told("2025-01-01", 0.9, True), told("2025-07-01", 0.9, False), told("2026-01-01", 0.9, False)]
+    shy = [told("2025-01-01", 0.5, True), told("2025-07-01", 0.5, False), told("2026-01-01", 0.5, False)]
+    by_penalty = {0.02: bold, 0.5: shy}
+    # nothing known: the strongest; then the bold one had been right; then its mistake counts
+    assert best_penalty(by_penalty, day("2025-06-30")) == 0.5
+    assert best_penalty(by_penalty, day("2025-07-03")) == 0.02
+    assert best_penalty(by_penalty, day("2026-01-01")) == 0.5
+    assert prequential({0.02: bold[:2], 0.5: shy[:2]}) == [shy[0], shy[1]]
+    later = [a._replace(day=a.day + dt.timedelta(days=1)) for a in (bold[1], shy[1])]
+    assert prequential({0.02: [bold[0], later[0]], 0.5: [shy[0], later[1]]}) == [shy[0], later[0]]
+
+
+def test_the_published_page_tells_the_order_of_events() -> None:
+    page = PAGE.read_text()
+    assert "0.276" in page
+    assert "0.267" in page
+    assert "25 release dates" in page
 
 
 def test_the_published_page_shows_the_scores_that_are_used() -> None:

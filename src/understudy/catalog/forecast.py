@@ -23,12 +23,14 @@ from understudy.catalog.facts import DATA, RESELLERS, Catalog, ModelFacts
 
 HORIZONS = (6, 12, 24)
 """Months."""
+VENDORS = ("openai", "google", "mistral", "groq")
 FEATURES = (
-    "log_age", "small", "preview", "succeeded", "log_years_succeeded",
-    "openai", "google", "mistral", "groq", "other",
+    "log_age", "small", "large", "preview", "succeeded", "log_years_succeeded", *VENDORS, "other",
 )  # fmt: skip
 """What the model sees; vendors are told from Anthropic, the one left out."""
 _SMALL = frozenset({"mini", "nano", "haiku", "flash", "lite", "small", "instant", "tiny", "ministral"})
+_LARGE = frozenset({"opus", "pro", "large", "ultra", "max", "fable"})
+"""Words by which vendors name the ends of their range: a model's tier among its siblings."""
 _PREVIEW = frozenset({"preview", "exp", "experimental", "beta", "labs"})
 YEAR_D = 365.25
 MONTH_D = YEAR_D / 12
@@ -120,11 +122,12 @@ def features(facts: ModelFacts, lines: Mapping[str, list[dt.date]], day: dt.date
     words = set(re.split(r"[-./_ ]", facts.model.lower()))
     newer = [d for d in lines.get(line_of(facts), ()) if born < d <= day]
     since = (day - newer[0]).days / YEAR_D if newer else 0.0
-    vendors = [float(facts.vendor == v) for v in FEATURES[5:9]]
-    other = float(facts.vendor not in ("anthropic", *FEATURES[5:9]))
+    vendors = [float(facts.vendor == v) for v in VENDORS]
+    other = float(facts.vendor not in ("anthropic", *VENDORS))
     return [
         math.log((day - born).days / YEAR_D + 0.25),
         float(bool(words & _SMALL)),
+        float(bool(words & _LARGE)),
         float(bool(words & _PREVIEW)),
         float(bool(newer)),
         math.log1p(since),
