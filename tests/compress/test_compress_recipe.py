@@ -146,6 +146,23 @@ def test_a_dry_run_only_plans(folder: Path, tmp_path: Path):
     assert not (tmp_path / "student").exists()
 
 
+def test_texts_too_short_leave_nothing_behind(folder: Path, tmp_path: Path):
+    data = tmp_path / "short.jsonl"
+    data.write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    with pytest.raises((InputError, ModelError)):
+        run(commands.prune, folder, "--out", tmp_path / "student", "--heads", 4, "--calibration", data)
+    assert not list(tmp_path.glob("student*"))
+
+
+def test_a_plan_that_cannot_be_written_is_an_error_with_a_name(folder: Path, tmp_path: Path):
+    (tmp_path / "student.plan.json").mkdir()
+    with pytest.raises(ModelError, match=r"cannot write the plan .*student\.plan\.json"):
+        run(commands.prune, folder, "--out", tmp_path / "student", "--heads", 4, "--dry-run")
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_own_from_a_file(folder: Path, data: Path, tmp_path: Path):
     config = tmp_path / "understudy.toml"
     config.write_text(

@@ -81,8 +81,17 @@ def per_layer(plan: Plan, sizes: list[int], extras: Extras) -> Plan:
 
 
 def save(plan: Plan, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1))
+    """Raises ModelError when it cannot be written, a full disk included; what was there then stays."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1))
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ModelError(
+            f"cannot write the plan {path}: {error.strerror}", expected="a folder with room in it"
+        ) from error
 
 
 def load(path: Path) -> Plan:

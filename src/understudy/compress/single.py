@@ -86,11 +86,13 @@ def prune_only(
     plan = plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, read, progress)
     show(plan)
     path = job.out.with_name(job.out.name + ".plan.json")
-    plans.save(plan, path)
     if dry_run:
+        plans.save(plan, path)
         return plan
     calibration = read()
-    model, plan = student_of(loaded.model, plan, batched(calibration, LEAST_TOKENS), job.method, progress)
+    texts = batched(calibration, LEAST_TOKENS)  # refused before anything is written
+    plans.save(plan, path)
+    model, plan = student_of(loaded.model, plan, texts, job.method, progress)
     plans.save(plan, path)
     facts = [
         f"teacher {loaded.source} ({loaded.digest[:16]})",
