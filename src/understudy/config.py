@@ -219,15 +219,19 @@ class Evaluate(Section, frozen=True, kw_only=True):
 class Rollout(Section, frozen=True, kw_only=True):
     """`[rollout]`: how a candidate takes over an alias, step by step."""
 
+    replay_tasks: int = 40
+    """Calls recorded before the trial that the candidate answers first, the newest; 0: none. A trial that
+    starts with a certificate has this behind it."""
     shadow_tasks: int = 40
     """Copies of recorded calls the candidate answers before a client sees it; 0: no shadow."""
     shadow_sample: float = 1.0
     """Share of the recorded calls that are copied."""
     shadow_usd: float = 5.0
-    """Most US dollars the copies may cost."""
-    shares: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5)
-    """Shares of the alias's tasks that go to the candidate, one canary step after the other."""
-    tasks: tuple[int, ...] = (20, 60, 100, 50)
+    """Most US dollars that replay and copies may cost together."""
+    shares: tuple[float, ...] = (0.01, 0.05, 0.25, 0.5, 1.0)
+    """Shares of the alias's tasks that go to the candidate, one canary step after the other. At 1.0 the
+    incumbent still ends the tasks it began, and stands behind every call."""
+    tasks: tuple[int, ...] = (20, 100, 100, 50, 50)
     """Tasks the candidate must have settled in each step before the next."""
     margin: float = 0.05
     """How much worse, in points of the outcome, counts as worse (0.05 = five points)."""
@@ -237,6 +241,9 @@ class Rollout(Section, frozen=True, kw_only=True):
     """Largest probability, for each guard, of rolling back a candidate that keeps within it."""
     settle_s: float = 60.0
     """Seconds after a task's first call at which its outcome is read; what is said later does not count."""
+    task_idle_s: float = 1800.0
+    """Seconds without a call after which a task is over. One under way stays with the incumbent when a share
+    grows."""
     errors: float = 0.02
     """Tolerated share of tasks in which the candidate fails and the incumbent beside it does not."""
     invalid: float = 0.03
@@ -536,9 +543,9 @@ def _check_weights(config: Config, name: str, alias: Alias, faults: _Faults) -> 
 
 def _check_rollout(rollout: Rollout, faults: _Faults) -> None:
     _check_secret("rollout.webhook", rollout.webhook, faults)
-    rising = all(a < b for a, b in pairwise([0.0, *rollout.shares, 1.0]))
+    rising = all(a < b <= 1 for a, b in pairwise([0.0, *rollout.shares]))
     if not rollout.shares or not rising:
-        faults.add("rollout.shares", f"{list(rollout.shares)}: expected rising shares between 0 and 1")
+        faults.add("rollout.shares", f"{list(rollout.shares)}: expected rising shares above 0 and up to 1")
     if len(rollout.tasks) != len(rollout.shares) or any(count < 1 for count in rollout.tasks):
         faults.add(
             "rollout.tasks", f"{list(rollout.tasks)}: expected a number from 1 on for each of rollout.shares"
@@ -578,9 +585,11 @@ def _check_ranges(config: Config, faults: _Faults) -> None:
     for where, most in (
         ("evaluate.budget_usd", config.evaluate.budget_usd),
         ("evaluate.requests_per_minute", config.evaluate.requests_per_minute),
+        ("rollout.replay_tasks", rollout.replay_tasks),
         ("rollout.shadow_tasks", rollout.shadow_tasks),
         ("rollout.shadow_usd", rollout.shadow_usd),
         ("rollout.settle_s", rollout.settle_s),
+        ("rollout.task_idle_s", rollout.task_idle_s),
         ("rollout.hold_days", rollout.hold_days),
     ):
         if not 0.0 <= most < float("inf"):

@@ -43,9 +43,13 @@ def test_wealth_after_one_round_is_as_computed_by_hand() -> None:
     bets = Difference(0.1)
     bets.add(Round(candidate=0.0, incumbent=1.0))
     stakes = [min(e * 0.1 / (0.25 + (e * 0.1) ** 2), 0.75) for e in EFFECTS]
-    assert bets.e_worse == pytest.approx(sum(1 + s for s in stakes) / 3)
+    assert bets.e_worse == pytest.approx(
+        sum(w * (1 + s) for w, s in zip((0.2, 0.6, 0.2), stakes, strict=True))
+    )
     tops = [min(e * 0.1 / (0.25 + (e * 0.1) ** 2), 0.75 / 0.9) for e in EFFECTS]
-    assert bets.e_fine == pytest.approx(sum(1 - 0.9 * s for s in tops) / 3)
+    assert bets.e_fine == pytest.approx(
+        sum(w * (1 - 0.9 * s) for w, s in zip((0.7, 0.2, 0.1), tops, strict=True))
+    )
     guard = Excess(0.1)
     guard.add(Round(candidate=1.0, incumbent=0.0))
     assert guard.e_value == pytest.approx(sum(1 + s * 9 for s in (0.05, 0.2, 0.6)) / 3)

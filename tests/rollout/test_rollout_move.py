@@ -131,15 +131,16 @@ def test_a_trial_is_begun_held_resumed_and_ended(run: Callable[..., Result]) -> 
     )
     assert "never changed" in run("status").output
     begun = run("start", "assistant", "--to", "local/student")
-    assert "local/student shadow without evidence; version 2" in begun.output
+    assert "local/student replay without evidence; version 2" in begun.output
     assert "understudy rollout run" in begun.output
     told = run("status", "assistant").output
     assert "openai/gpt-4.1" in told
-    assert "waits for 40 more copies" in told
+    assert "waits for 40 more answers to recorded calls" in told
     assert "on trial for 'assistant' already" in str(run("start", "assistant", "--to", "local/b").exception)
     assert "held" in run("pause", "assistant").output
     assert "waits for a person" in run("status", "assistant").output
-    assert "shadow" in run("resume", "assistant").output
+    assert "replay" in run("resume", "assistant").output
+    assert "shadow" in run("run", "--once").output  # nothing was recorded, so nothing is replayed
     assert "waits for 40 more copies" in run("run", "--once").output
     ended = msgspec.json.decode(run("abort", "assistant", "--json").output)["now"]
     assert (ended["stage"], ended["model"], ended["candidate"]) == ("rolled_back", "openai/gpt-4.1", "")

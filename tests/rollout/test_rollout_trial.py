@@ -17,12 +17,15 @@ from understudy import config as configuration
 from understudy.config import Config, Rollout
 from understudy.endpoint import ScriptedModel
 from understudy.errors import InputError
-from understudy.gateway.routing import build_table
+from understudy.gateway.routing import Memory, Table, build_table
 from understudy.gateway.upstream import Upstream
 from understudy.protocol import Cost, Usage
 from understudy.rollout.controller import Controller, Report
+from understudy.rollout.course import Step, alarm
+from understudy.rollout.move import current
 from understudy.rollout.shadow import Means, shadow_alias
-from understudy.rollout.trials import Order, abort, begin, pause, resume
+from understudy.rollout.standing import Pair, Standing
+from understudy.rollout.trials import Order, abort, begin, pause, resume, set_stage
 from understudy.traffic.record import Attempt, Call, Feedback, new_key
 from understudy.traffic.store import Store, open_store, unpriced
 
@@ -36,6 +39,7 @@ base_url = "http://127.0.0.1:2/v1"
 [aliases.chat]
 model = "vendor/old"
 [rollout]
+replay_tasks = 0
 shadow_tasks = 0
 shares = [0.1, 0.3, 0.5]
 tasks = [5, 10, 10]
@@ -61,6 +65,7 @@ class World:
         self.controller = self.anew()
         upstream = cast(Upstream, None)  # only names are dealt out here
         self.upstreams: Mapping[str, Upstream] = {"vendor": upstream, "local": upstream}
+        self.table: Table | None = None
 
     def anew(self) -> Controller:
         """A controller that knows nothing yet, as after a crash."""
@@ -86,9 +91,19 @@ class World:
                     break
         return reports
 
+    def deal(self, task: str) -> str:
+        """One more call of a task; returns whom it was dealt to."""
+        self._task(task)
+        return [c.call.attempts[0].target for c in self.store.calls(alias="chat", task_id=task)][-1]
+
+    def first_of(self, task: str) -> str:
+        return next(c.call.attempts[0].target for c in self.store.calls(alias="chat", task_id=task))
+
     def _task(self, task: str) -> None:
-        table = build_table(self.config, self.upstreams, self.store.routes())
-        targets = [t.name for t in table.targets("chat", task.encode())]
+        self.table = build_table(
+            self.config, self.upstreams, self.store.routes(), self.store.staying(), self.table
+        )
+        targets = [t.name for t in self.table.targets("chat", task.encode())]
         self.dealt[targets[0]] += 1
         attempts: list[Attempt] = []
         for target in targets:
@@ -280,6 +295,109 @@ async def test_the_shadows_money_is_capped(store: Store, config: Config) -> None
     assert route.stage == "held"
     assert "shadow_usd" in route.reason
     assert len(list(store.calls(alias=shadow_alias("chat")))) <= 10 + 32
+
+
+async def test_recorded_calls_are_replayed_before_the_trial_copies_any(store: Store, config: Config) -> None:
+    world = World(store, config)
+    current(store, "chat", config.aliases["chat"])
+    world.now -= 100
+    await world.pass_on(30)
+    world.now += 100
+    begin(store, "chat", NEW, ME, settings(config, replay_tasks=12, shadow_tasks=8).rollout or Rollout())
+    world.config = settings(config, replay_tasks=12, shadow_tasks=8)
+    for _ in range(8):
+        world.controller = world.anew()  # whoever starts again pays for nothing twice
+        await world.pass_on(10)
+    copies = [c.call for c in store.calls(alias=shadow_alias("chat"))]
+    replayed = [c for c in copies if "replayed" in c.tags]
+    began = next(r.changed_at for r in store.route_history("chat") if r.stage == "replay")
+    assert len(replayed) == 12
+    assert all(store.call(c.tags["shadow_of"]).call.at < began for c in replayed)  # type: ignore[union-attr]
+    assert len(copies) - len(replayed) >= 8
+    assert [r.stage for r in store.route_history("chat")][1:4] == ["replay", "shadow", "canary"]
+
+
+async def test_a_certificate_stands_for_the_replay(store: Store, config: Config) -> None:
+    rollout = settings(config, replay_tasks=12, shadow_tasks=8).rollout or Rollout()
+    proven = begin(store, "chat", NEW, ME, rollout, evidence="c.json", initial=config.aliases["chat"])
+    assert proven.now.stage == "shadow"
+
+
+async def test_replayed_outcomes_end_a_trial_and_never_promote(store: Store, config: Config) -> None:
+    standing = Standing(config.rollout or Rollout())
+    standing.add_pairs([Pair(False, False, False, 1.0, 1.0, True)] * 400)
+    assert standing.difference.e_fine == pytest.approx(1.0)
+    standing.add_pairs([Pair(False, False, False, 0.0, 1.0, True)] * 40)
+    assert "replayed outcomes" in alarm(standing, config.rollout or Rollout())
+
+
+async def test_a_task_that_began_before_a_share_grew_stays_where_it_is(store: Store, config: Config) -> None:
+    world = started(store, settings(config, tasks=[5, 10, 10]))
+    first: dict[str, str] = {}
+    # ten tasks that call again and again, while the share grows from 10% to 50%
+    while (store.route("chat") or pytest.fail("no route")).share < 0.5:
+        for task in [f"long-{n}" for n in range(40)]:
+            dealt = world.deal(task)
+            assert first.setdefault(task, dealt) == dealt
+        await world.pass_on(10)
+    assert first["long-0"] in (OLD, NEW)
+    assert {first[f"long-{n}"] for n in range(40)} == {OLD, NEW}
+
+
+def test_tasks_of_other_processes_are_known_from_the_store(store: Store, config: Config) -> None:
+    world = started(store, config)
+    for number in range(60):
+        world.deal(f"t{number}")
+    was = store.route("chat")
+    assert was is not None
+    dealt_before = {f"t{n}": t for n in range(60) if (t := world.first_of(f"t{n}"))}
+    set_stage(store, was, Step("canary", 0.5, "growing"), "me", config.rollout or Rollout(), world.now)
+    fresh = build_table(config, world.upstreams, store.routes(), store.staying())  # remembers nothing itself
+    after = {task: fresh.targets("chat", task.encode())[0].name for task in dealt_before}
+    assert after == dealt_before
+    newcomers = [fresh.targets("chat", b"new-%d" % n)[0].name for n in range(200)]
+    assert 60 < newcomers.count(NEW) < 140
+
+
+def test_a_processs_memory_is_bounded() -> None:
+    memory = Memory(most=10)
+    for number in range(1000):
+        memory.add(b"%08d" % number)
+    assert sum(b"%08d" % n in memory for n in range(1000)) <= 20
+    assert b"00000999" in memory
+
+
+async def test_with_every_task_its_failures_are_still_seen(store: Store, config: Config) -> None:
+    world = started(store, settings(config, shares=[0.5, 1.0], tasks=[10, 400]))
+    await world.pass_on(600)
+    assert (store.route("chat") or pytest.fail("no route")).share == 1.0
+    world.fails = {NEW}
+    await world.pass_on(300, until="rolled_back")
+    route = store.route("chat")
+    assert route is not None
+    assert (route.stage, route.model) == ("rolled_back", OLD)
+    assert all(c.call.status == 200 for c in store.calls(alias="chat"))
+
+
+async def test_what_is_undecided_at_its_deadline_is_held(store: Store, config: Config) -> None:
+    begin(
+        store,
+        "chat",
+        NEW,
+        ME,
+        config.rollout or Rollout(),
+        deadline=time.time() + 100,
+        initial=config.aliases["chat"],
+    )
+    world = World(store, config)
+    world.speaks = False
+    await world.pass_on(400, until="held")
+    held = store.route("chat")
+    assert held is not None
+    assert held.stage == "held"
+    assert "by which it was to be over" in held.reason
+    resumed = resume(store, "chat", ME, settings=config.rollout or Rollout())
+    assert resumed.now.deadline in (0.0, held.deadline)
 
 
 def test_a_version_that_is_gone_is_refused(store: Store, config: Config) -> None:

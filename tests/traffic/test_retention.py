@@ -188,10 +188,11 @@ UNDONE = (
     "DROP TABLE allowances",
     *(f"ALTER TABLE keys DROP COLUMN {kind}" for kind in KINDS),
     "ALTER TABLE calls DROP COLUMN plain",
+    "DROP TABLE staying",
     *(
         f"ALTER TABLE {table} DROP COLUMN {column}"
         for table in ("routes", "route_history")
-        for column in ("candidate", "share", "origin")
+        for column in ("candidate", "share", "origin", "deadline")
     ),
 )
 """The steps that came after retention, taken back."""

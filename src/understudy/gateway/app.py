@@ -69,7 +69,9 @@ class RunningGateway:
         before = plane.table.upstreams
         upstreams = upstreams_of(config, before)
         keys = plane.keys or keys_of(config, self._store) if config.gateway.require_key else None
-        table = build_table(config, upstreams, await asyncio.to_thread(self._store.routes))
+        rows = await asyncio.to_thread(self._store.routes)
+        staying = await asyncio.to_thread(self._store.staying)
+        table = build_table(config, upstreams, rows, staying, plane.table)
         redactor_of(config.redact, config.path("."))
         spans, old_spans = exporter_of(config), plane.spans
         recorder = recorder_of(config, plane.recorder.writer, listeners_of(config, keys, spans))
@@ -223,7 +225,7 @@ async def start(config: Config, *, sock: socket.socket | None = None) -> Running
     redactor_of(config.redact, config.path("."))
     spans = exporter_of(config)
     store = open_store(config.store.url, config.path("."))
-    table = build_table(config, upstreams, store.routes())
+    table = build_table(config, upstreams, store.routes(), store.staying())
     listener = sock or bind(parse_address(config.gateway.listen), shared=False)
     writer = SegmentWriter(
         config.path(config.store.segments),

@@ -33,7 +33,8 @@ async def follow_routes(plane: Plane, config: Config, store: Store) -> None:
             current = await asyncio.to_thread(store.routes_version)
             if current != version:
                 rows = await asyncio.to_thread(store.routes)
-                _take(plane, build_table(config, plane.table.upstreams, rows))
+                staying = await asyncio.to_thread(store.staying)
+                _take(plane, build_table(config, plane.table.upstreams, rows, staying, plane.table))
                 version = current
             if plane.keys is not None:
                 await plane.keys.refresh()

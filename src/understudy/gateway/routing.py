@@ -11,6 +11,7 @@ import random
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import accumulate
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -36,6 +37,8 @@ class RouteRow(Protocol):
     def candidate(self) -> str: ...
     @property
     def share(self) -> float: ...
+    @property
+    def origin(self) -> int: ...
 
 
 class Target(NamedTuple):
@@ -49,6 +52,32 @@ class Target(NamedTuple):
     """The model's id as the JSON string that is spliced into requests."""
 
 
+class Memory:
+    """Tasks dealt to an alias's model while a candidate is on trial: the last so many of this process.
+
+    With them a share may grow between two calls of a task, and the task stays where it is. Two halves, of
+    which the older is dropped when the newer is full: neither a clock nor an order has to be kept.
+    """
+
+    def __init__(self, most: int = 20_000) -> None:
+        self._most = most
+        self._new: set[bytes] = set()
+        self._old: set[bytes] = set()
+
+    def __contains__(self, task: bytes) -> bool:
+        return task in self._new or task in self._old
+
+    def add(self, task: bytes) -> None:
+        if len(self._new) >= self._most:
+            self._old, self._new = self._new, set()
+        self._new.add(task)
+
+
+def digest_of(alias: str, task: bytes) -> bytes:
+    """Eight bytes that stand for a task: the same in every process."""
+    return blake2b(alias.encode("utf-8", "replace") + b"\0" + task, digest_size=8).digest()
+
+
 class AliasRoute(NamedTuple):
     """Where an alias points now."""
 
@@ -59,19 +88,39 @@ class AliasRoute(NamedTuple):
     """Where calls are shared out: whom they may go to instead."""
     by_key: bool = False
     """Calls without a task are dealt out by their key, so that no caller sees two models by turns."""
+    memory: Memory | None = None
+    """While a candidate is on trial."""
+    staying: frozenset[bytes] = frozenset()
+    """Digests of tasks that began before the candidate's share covered them."""
 
     def draw(self, alias: str, task: bytes, key: str = "") -> tuple[Target, ...]:
         """Who may answer a call; always the same for calls of one task, in every process."""
+        if self.memory is not None and task:
+            return self._sticky(digest_of(alias, task), self.memory)
         if not self.choices:
             return self.targets
         if self.by_key and not task:
             task = key.encode()
-        if task:
-            digest = blake2b(alias.encode("utf-8", "replace") + b"\0" + task, digest_size=8).digest()
-            place = int.from_bytes(digest) / 2**64
-        else:
-            place = random.random()  # noqa: S311 - a share, not a secret
+        # a share, not a secret
+        place = _place(digest_of(alias, task)) if task else random.random()  # noqa: S311
+        return self._chosen(place)
+
+    def _sticky(self, task: bytes, memory: Memory) -> tuple[Target, ...]:
+        """A task that the alias's own model has begun stays with it, whatever the share is now."""
+        if task in memory or task in self.staying:
+            return self.targets
+        chosen = self._chosen(_place(task))
+        if chosen is self.targets:
+            memory.add(task)
+        return chosen
+
+    def _chosen(self, place: float) -> tuple[Target, ...]:
         return next((choice.targets for choice in self.choices if place < choice.upto), self.targets)
+
+
+def _place(digest: bytes) -> float:
+    """Where a task lies on the line from 0 to 1."""
+    return int.from_bytes(digest) / 2**64
 
 
 class Choice(NamedTuple):
@@ -89,6 +138,8 @@ class Table(NamedTuple):
     upstreams: Mapping[str, Upstream]
     faults: tuple[str, ...] = ()
     """Routes of the store that cannot be used, one line each; the config's route stays in force."""
+    memories: Mapping[tuple[str, int], Memory] = MappingProxyType({})
+    """Of the trials under way, by alias and the version with which each began."""
 
     def targets(self, model: str, task: bytes = b"", key: str = "") -> tuple[Target, ...]:
         """Who may answer for a model's name, asked for a task and under a key; either may be empty.
@@ -110,9 +161,18 @@ def target_of(upstreams: Mapping[str, Upstream], name: str) -> Target:
     return Target(name, upstreams[endpoint], model, msgspec.json.encode(model))
 
 
-def build_table(config: Config, upstreams: Mapping[str, Upstream], rows: Mapping[str, RouteRow]) -> Table:
-    """The table of a config and the store's routes."""
+def build_table(
+    config: Config,
+    upstreams: Mapping[str, Upstream],
+    rows: Mapping[str, RouteRow],
+    staying: Mapping[str, frozenset[bytes]] = MappingProxyType({}),
+    before: Table | None = None,
+) -> Table:
+    """The table of a config and the store's routes; it keeps the memory of the one ``before``."""
     aliases: dict[str, AliasRoute] = {}
+    known = before.memories if before else {}
+    trials = {n: (n, row.origin) for n, row in rows.items() if row.candidate}
+    memories = {trial: known.get(trial) or Memory() for trial in trials.values()}
     faults: list[str] = []
     for name, alias in config.aliases.items():
         route = _route(upstreams, [alias.model, *alias.fallback], 0)
@@ -120,12 +180,17 @@ def build_table(config: Config, upstreams: Mapping[str, Upstream], rows: Mapping
     for name, row in rows.items():
         try:
             route = _route(upstreams, [row.model, *row.fallback], row.version)
-            aliases[name] = route._replace(choices=_canary(upstreams, row), by_key=True)
+            aliases[name] = route._replace(
+                choices=_canary(upstreams, row),
+                by_key=True,
+                memory=memories[trials[name]] if name in trials else None,
+                staying=staying.get(name, frozenset()),
+            )
         except KeyError as error:
             faults.append(
                 f"route {name!r} version {row.version}: no [endpoints.{error.args[0]}] in the config"
             )
-    return Table(aliases, upstreams, tuple(faults))
+    return Table(aliases, upstreams, tuple(faults), memories)
 
 
 def _route(upstreams: Mapping[str, Upstream], names: Sequence[str], version: int) -> AliasRoute:

@@ -20,6 +20,10 @@ LARGEST_LOSS = 0.75
 """Share of a bet's stake that the worst round may cost."""
 EFFECTS = (1.0, 2.0, 4.0)
 """Differences bet on, in margins."""
+WORSE_WEIGHTS = (0.2, 0.6, 0.2)
+"""What is first staked on each against the candidate: two margins is what has to be seen soonest."""
+FINE_WEIGHTS = (0.7, 0.2, 0.1)
+"""The same for it: a candidate as good as the incumbent lies one margin above what is tested."""
 VARIANCE_GUESS, VARIANCE_WEIGHT = 0.25, 20.0
 """Of a round's difference before data, and how many rounds the guess is worth."""
 STAKES = (0.05, 0.2, 0.6)
@@ -57,8 +61,7 @@ class Difference:
         self.rounds = 0
         self._sum = 0.0
         self._squares = VARIANCE_WEIGHT * VARIANCE_GUESS
-        self._worse = [1.0 / len(EFFECTS)] * len(EFFECTS)
-        self._fine = [1.0 / len(EFFECTS)] * len(EFFECTS)
+        self._worse, self._fine = list(WORSE_WEIGHTS), list(FINE_WEIGHTS)
 
     @property
     def estimate(self) -> float:
@@ -108,11 +111,16 @@ class Excess:
     def e_value(self) -> float:
         return sum(self._wealth)
 
-    def add(self, closed: Round) -> None:
-        """``closed`` holds shares of tasks it happened to; what happens to both is nobody's fault here."""
+    def add(self, closed: Round, usual: float = 0.0) -> None:
+        """``closed`` holds shares of tasks it happened to; what happens to both is nobody's fault here.
+
+        ``usual`` is tolerated on top: for a candidate that nobody stands beside, how often it happened to
+        the incumbent before.
+        """
         bad = closed.candidate * (1.0 - closed.incumbent)
+        tolerated = min(self.tolerated + usual, 0.99)
         self._wealth = [
-            w * (1.0 + stake / self.tolerated * (bad - self.tolerated))
+            w * (1.0 + stake / tolerated * (bad - tolerated))
             for w, stake in zip(self._wealth, STAKES, strict=True)
         ]
         self.rounds += 1

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 from understudy.config import Config, Rollout
 from understudy.errors import InputError, UserError
-from understudy.rollout.course import Step, decide
+from understudy.rollout.course import Decision, Step, decide
 from understudy.rollout.evidence import Evidence
 from understudy.rollout.shadow import Means, Shadow
 from understudy.rollout.standing import Standing
@@ -43,15 +44,19 @@ class Trial:
     def __init__(self, store: Store, route: Route, settings: Rollout) -> None:
         history = [r for r in store.route_history(route.alias) if r.origin == route.origin]
         self.standing = Standing(settings)
-        self._began = history[0].changed_at if history else route.changed_at
+        began = history[0].changed_at if history else route.changed_at
         self._canary = next((r.changed_at for r in history if r.stage == "canary"), None)
-        self.shadow = Shadow(store, route.alias, route.candidate, self._began, settings)
+        self._alone = next((r.changed_at for r in history if r.share >= 1.0), math.inf)
+        self.shadow = Shadow(store, route.alias, route.candidate, began, settings)
         self._store = store
         self._settings = settings
         self._evidence: Evidence | None = None
 
     def look(self, route: Route, now: float) -> Standing:
         """Fold in what happened since the last look. Raises StoreError."""
+        if route.share >= 1.0:
+            self._alone = min(self._alone, route.changed_at)
+        self.standing.alone_since = self._alone
         self.standing.add_pairs(self.shadow.pairs())
         if self._evidence is None and route.stage == "canary":
             self._evidence = Evidence(
@@ -103,26 +108,33 @@ class Controller:
         now = self._clock()
         standing = trial.look(route, now)
         decision = decide(route, standing, self._settings, now)
-        step = decision.step
-        if step is None and route.stage == "shadow":
-            if trial.shadow.broke:
-                spent = f"${trial.shadow.spent_usd:.2f} were spent on {standing.pairs} copies"
-                step = Step("held", 0.0, f"{spent}, all that [rollout] shadow_usd allows")
-            else:
-                await self._copy(route, trial, now)
-        if step is None:
+        if decision.step is None and route.stage in ("replay", "shadow"):
+            await self._copy(route, trial, now)
+            decision = self._after_copies(route, trial, now)
+        if decision.step is None:
             return Report(route, standing, decision.missing)
-        return Report(self._take(route, step), standing, [])
+        return Report(self._take(route, decision.step), standing, [])
 
     async def _copy(self, route: Route, trial: Trial, now: float) -> None:
+        replay = route.stage == "replay"
         try:
-            await trial.shadow.copy(now, self._means(route.candidate))
+            made = await trial.shadow.copy(now, self._means(route.candidate), replay=replay)
+            trial.standing.replay_over = replay and made == 0
         except InputError as error:  # an endpoint that left the config, say
             _log.warning("%s: no copies for %s: %s", route.alias, route.candidate, error)
 
+    def _after_copies(self, route: Route, trial: Trial, now: float) -> Decision:
+        """What the copies just made, or that there were none to make, lead to."""
+        standing, shadow = trial.look(route, now), trial.shadow
+        decision = decide(route, standing, self._settings, now)
+        if decision.step is None and shadow.broke:
+            spent = f"${shadow.spent_usd:.2f} were spent on {standing.replays + standing.pairs} copies"
+            return Decision(Step("held", 0.0, f"{spent}, all that [rollout] shadow_usd allows"), [])
+        return decision
+
     def _take(self, route: Route, step: Step) -> Route:
         try:
-            moved = set_stage(self._store, route, step, BY, self._clock())
+            moved = set_stage(self._store, route, step, BY, self._settings, self._clock())
         except InputError:
             return route  # somebody was faster; the next pass sees what they did
         share = f" {step.share:.0%}" if step.stage == "canary" else ""

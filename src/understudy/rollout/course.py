@@ -1,4 +1,4 @@
-"""The course of a trial: from the shadow through growing shares to the whole alias, or back.
+"""The course of a trial: replay, shadow, canaries of growing shares up to the whole alias; promoted, or back.
 
 `decide` is a pure function of where the route stands and what the evidence says; whoever calls it carries the
 step out by compare-and-set (controller). It ignores where evidence comes from (evidence, shadow).
@@ -6,6 +6,7 @@ step out by compare-and-set (controller). It ignores where evidence comes from (
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import NamedTuple
 
 from understudy.config import Rollout
@@ -14,7 +15,13 @@ from understudy.traffic.store import Route, Stage
 
 DAY_S = 86_400.0
 DOUBT = 20.0
-"""Evidence against the candidate above which no step is taken until it has gone again."""
+"""E-value of a guard above which no step is taken until it has gone again."""
+HAND_OVER = 0.4
+"""Most that the next share times the evidence against the candidate's outcomes may be: the more of the
+traffic a step would hand over, the less doubt it takes to stop it, and a small share sees the truth with the
+fewest of the candidate's tasks, for the incumbent's mean beside it is known best there."""
+PROOF_SHARE = 0.5
+"""So much of the traffic is never given to a candidate that has not been shown to be no worse."""
 
 
 class Step(NamedTuple):
@@ -34,11 +41,15 @@ class Decision(NamedTuple):
 
 
 def decide(route: Route, standing: Standing, settings: Rollout, now: float) -> Decision:
-    """The next step of a route that is in the shadow or a canary."""
+    """The next step of a route whose trial is under way."""
     if broken := alarm(standing, settings):
         return Decision(Step("rolled_back", 0.0, broken), [])
     missing = waits_for(route, standing, settings)
     if missing:
+        if route.deadline and now >= route.deadline:
+            day = dt.datetime.fromtimestamp(route.deadline, dt.UTC).date()
+            reason = f"undecided on {day}, by which it was to be over: {'; '.join(missing)}"
+            return Decision(Step("held", route.share, reason), [])
         if route.stage == "canary" and now - route.changed_at > settings.hold_days * DAY_S:
             reason = f"undecided after {settings.hold_days:g} days: {'; '.join(missing)}"
             return Decision(Step("held", route.share, reason), [])
@@ -49,11 +60,12 @@ def decide(route: Route, standing: Standing, settings: Rollout, now: float) -> D
 def alarm(standing: Standing, settings: Rollout) -> str:
     """Why the candidate must go back at once; empty when nothing says so."""
     limit = 1.0 / settings.rollback_alpha
-    if standing.difference.e_worse >= limit:
-        return (
-            f"outcomes {standing.difference.estimate:+.3f} against the incumbent's over "
-            f"{standing.difference.rounds} comparisons (e-value {standing.difference.e_worse:.3g})"
-        )
+    for what, difference in (("outcomes", standing.difference), ("replayed outcomes", standing.replayed)):
+        if difference.e_worse >= limit:
+            return (
+                f"{what} {difference.estimate:+.3f} against the incumbent's over "
+                f"{difference.rounds} comparisons (e-value {difference.e_worse:.3g})"
+            )
     for name, guard in standing.guards.items():
         if guard.excess.e_value >= limit:
             return (
@@ -66,21 +78,47 @@ def alarm(standing: Standing, settings: Rollout) -> str:
 def waits_for(route: Route, standing: Standing, settings: Rollout) -> list[str]:
     """What the next step still needs."""
     missing: list[str] = []
-    if route.stage == "shadow":
+    onward = next_share(route, settings)
+    if route.stage == "replay":
+        more = settings.replay_tasks - standing.replays
+        if more > 0 and not standing.replay_over:
+            missing.append(f"{more} more answers to recorded calls")
+    elif route.stage == "shadow":
         more = settings.shadow_tasks - standing.pairs
         if more > 0:
             missing.append(f"{more} more copies answered in the shadow")
     else:
-        place = settings.shares.index(route.share) if route.share in settings.shares else 0
-        more = settings.tasks[place] - standing.settled_since(route.changed_at)
+        more = settings.tasks[_place(route, settings)] - standing.settled_since(route.changed_at)
         if more > 0:
             missing.append(f"{more} more tasks of the candidate at {route.share:.0%}")
-        if place >= len(settings.shares) - 2:
+        if onward >= PROOF_SHARE:
             missing += _unproven(standing, settings)
     doubts = [name for name, guard in standing.guards.items() if guard.excess.e_value > DOUBT]
-    if standing.difference.e_worse > DOUBT:
-        doubts.append("outcomes")
+    if standing.difference.e_worse > HAND_OVER / onward:
+        doubts.append(f"outcomes (e-value against it {standing.difference.e_worse:.2g})")
     return missing + [f"evidence that clears {name} of the doubt there is" for name in doubts]
+
+
+def first_step(settings: Rollout, *, replay: bool) -> tuple[Stage, float]:
+    """Where a trial begins; without ``replay`` the recorded calls are answered for by a certificate."""
+    if replay and settings.replay_tasks > 0:
+        return "replay", 0.0
+    if settings.shadow_tasks > 0:
+        return "shadow", 0.0
+    return "canary", settings.shares[0]
+
+
+def next_share(route: Route, settings: Rollout) -> float:
+    """The candidate's share after the next step into or within the canary; 1 when promoted."""
+    if route.stage != "canary":
+        return settings.shares[0]
+    onward = _place(route, settings) + 1
+    return settings.shares[onward] if onward < len(settings.shares) else 1.0
+
+
+def _place(route: Route, settings: Rollout) -> int:
+    """The canary's step; the first one for a share that the config no longer has."""
+    return settings.shares.index(route.share) if route.share in settings.shares else 0
 
 
 def _unproven(standing: Standing, settings: Rollout) -> list[str]:
@@ -96,11 +134,13 @@ def _unproven(standing: Standing, settings: Rollout) -> list[str]:
 
 
 def _onward(route: Route, standing: Standing, settings: Rollout) -> Step:
+    if route.stage == "replay":
+        stage, share = first_step(settings, replay=False)
+        return Step(stage, share, f"{standing.replays} recorded calls answered")
     if route.stage == "shadow":
         return Step("canary", settings.shares[0], f"{standing.pairs} copies answered in the shadow")
-    place = settings.shares.index(route.share) if route.share in settings.shares else 0
     done = f"{standing.answered} tasks, outcomes {standing.difference.estimate:+.3f}"
-    if place + 1 < len(settings.shares):
-        return Step("canary", settings.shares[place + 1], f"{done}; no guard spoke")
+    if _place(route, settings) + 1 < len(settings.shares):
+        return Step("canary", next_share(route, settings), f"{done}; no guard spoke")
     proof = f"not worse by {settings.margin:g} (e-value {standing.difference.e_fine:.3g})"
     return Step("promoted", 0.0, f"{done}; {proof}; no guard spoke")

@@ -1,4 +1,6 @@
-"""The shadow: recorded calls put to the candidate as well, where no client waits for the answer.
+"""Replay and shadow: recorded calls put to the candidate as well, where no client waits for the answer.
+
+Replayed are calls from before the trial, the newest first; copied in the shadow are those since it began.
 
 Copies are made of what is in the store, some time after the client was served, so they can neither delay nor
 fail a client, and nobody carries out the tools they ask for. Answers are kept in the store under
@@ -26,11 +28,14 @@ from understudy.rollout.evidence import graded, useless
 from understudy.rollout.standing import Pair
 from understudy.traffic.record import Attempt, Call, new_key
 from understudy.traffic.redact import Redactor
+from understudy.traffic.rows import StoredCall
 from understudy.traffic.sample import Exchange, exchange
 from understudy.traffic.store import Price, Store
 
 OF = "shadow_of"
 """Tag of a copy: the key of the call it was made of."""
+REPLAYED = "replayed"
+"""Tag of a copy made of a call from before the trial."""
 AT_ONCE = 8
 MOST = 32
 """Copies made in one pass."""
@@ -61,6 +66,7 @@ class Shadow:
         self._since = since
         self._settings = settings
         self._copied: set[str] = set()
+        self._replayed: set[str] = set()
         self._seen = since
         self.spent_usd = 0.0
         """Of the copies that have a price."""
@@ -70,9 +76,10 @@ class Shadow:
         found: list[Pair] = []
         for stored in self._store.calls(alias=shadow_alias(self._alias), since=self._seen):
             call, of = stored.call, stored.call.tags.get(OF, "")
-            if call.target != self._candidate or of in self._copied:
+            made = self._replayed if REPLAYED in call.tags else self._copied
+            if call.target != self._candidate or of in made:
                 continue
-            self._copied.add(of)
+            made.add(of)
             self.spent_usd += stored.cost.usd if stored.cost else 0.0
             self._seen = max(self._seen, call.at)
             was = exchange(self._store, of)
@@ -80,12 +87,14 @@ class Shadow:
                 found.append(self._pair(was, call))
         return found
 
-    async def copy(self, now: float, means: Means) -> int:
-        """Put the next recorded calls to the candidate; returns how many.
+    async def copy(self, now: float, means: Means, *, replay: bool = False) -> int:
+        """Put the next recorded calls to the candidate, those from before the trial under ``replay``; returns
+        how many.
 
         Only calls old enough for their outcome to be known are copied. Raises StoreError.
         """
-        waiting = list(self._next(now))
+        waiting = list(self._next(now, replay))
+        tags = {REPLAYED: ""} if replay else {}
         answers: list[Call] = []
 
         if waiting:
@@ -94,6 +103,7 @@ class Shadow:
                 async def work() -> None:
                     while waiting:
                         copied = await _copy(client, waiting.pop(), self._alias, self._candidate)
+                        copied.tags.update(tags)
                         answers.append(means.redactor.call(copied) if means.redactor else copied)
 
                 await side_by_side(work, min(AT_ONCE, len(waiting)))
@@ -107,18 +117,27 @@ class Shadow:
         """Whether its money is spent."""
         return self.spent_usd >= self._settings.shadow_usd
 
-    def _next(self, now: float) -> Iterator[Exchange]:
-        most = 0 if self.broke else min(MOST, self._settings.shadow_tasks - len(self._copied))
-        settled = now - self._settings.settle_s
-        for stored in self._store.calls(alias=self._alias, since=self._since, until=settled, ok=True):
+    def _next(self, now: float, replay: bool) -> Iterator[Exchange]:
+        made = self._replayed if replay else self._copied
+        wanted = self._settings.replay_tasks if replay else self._settings.shadow_tasks
+        most = 0 if self.broke else min(MOST, wanted - len(made))
+        for stored in self._recorded(now, replay):
             if most <= 0:
                 return
             call = stored.call
-            if call.route != "chat.completions" or call.key in self._copied or not self._drawn(call.key):
+            drawn = replay or self._drawn(call.key)
+            if call.route != "chat.completions" or call.key in made or not drawn:
                 continue
             if found := exchange(self._store, call.key):
                 most -= 1
                 yield found
+
+    def _recorded(self, now: float, replay: bool) -> Iterator[StoredCall]:
+        settled = now - self._settings.settle_s
+        if not replay:
+            return self._store.calls(alias=self._alias, since=self._since, until=settled, ok=True)
+        before, limit = min(self._since, settled), 10 * self._settings.replay_tasks
+        return self._store.calls(alias=self._alias, until=before, ok=True, newest_first=True, limit=limit)
 
     def _drawn(self, key: str) -> bool:
         place = int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) / 2**64
@@ -126,8 +145,9 @@ class Shadow:
 
     def _pair(self, was: Exchange, copy: Call) -> Pair:
         answer = exchange(self._store, copy.key) if copy.status < 400 else None
+        replayed = REPLAYED in copy.tags
         if answer is None:
-            return Pair(failed=True, invalid=False, was_invalid=False, outcome=None, was_outcome=None)
+            return Pair(True, False, False, None, None, replayed)
         right = was.expected is not None
         judged = answer._replace(expected=was.expected, tags=was.tags, grades={})
         return Pair(
@@ -136,6 +156,7 @@ class Shadow:
             was_invalid=finish_reason(was.body) == "length" or useless(was.request, was.body),
             outcome=graded(judged) if right else None,
             was_outcome=graded(was) if right else None,
+            replayed=replayed,
         )
 
 

@@ -7,7 +7,7 @@ week's. It ignores where evidence comes from (evidence) and what follows from it
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -31,6 +31,8 @@ class Pair(NamedTuple):
     """The incumbent's answer."""
     outcome: float | None
     was_outcome: float | None
+    replayed: bool = False
+    """The call was recorded before the trial began."""
 
 
 class Ceiling:
@@ -38,7 +40,8 @@ class Ceiling:
 
     def __init__(self, factor: float) -> None:
         self._factor = factor
-        self._recent: deque[float] = deque(maxlen=RECENT)
+        self._recent: deque[float] = deque()
+        self._ranked: list[float] = []
 
     def over(self, value: float | None, *, candidate: bool) -> float | None:
         """1 where ``value`` lies above what the incumbent had set before it, else 0; None while unknown."""
@@ -46,14 +49,35 @@ class Ceiling:
             return None
         limit = self._limit()
         if not candidate:
-            self._recent.append(value)
+            self._keep(value)
         return None if limit is None else float(value > limit)
 
+    def _keep(self, value: float) -> None:
+        if len(self._recent) == RECENT:
+            del self._ranked[bisect_left(self._ranked, self._recent.popleft())]
+        self._recent.append(value)
+        insort(self._ranked, value)
+
     def _limit(self) -> float | None:
-        if len(self._recent) < FEWEST:
+        if len(self._ranked) < FEWEST:
             return None
-        ranked = sorted(self._recent)
-        return ranked[math.ceil(0.95 * len(ranked)) - 1] * self._factor
+        return self._ranked[math.ceil(0.95 * len(self._ranked)) - 1] * self._factor
+
+
+class Mean:
+    """How often something happened."""
+
+    def __init__(self) -> None:
+        self._times = self._sum = 0.0
+
+    def add(self, happened: float) -> None:
+        self._times += 1
+        self._sum += happened
+
+    @property
+    def cautious(self) -> float:
+        """Rather too high where little was seen (rule of succession)."""
+        return (self._sum + 1) / (self._times + 2)
 
 
 class Guard:
@@ -62,9 +86,18 @@ class Guard:
     def __init__(self, tolerated: float) -> None:
         self.excess = Excess(tolerated)
         self._rounds = Rounds()
+        self._usual = Mean()
 
-    def add(self, happened: float | None, *, candidate: bool) -> None:
-        if happened is not None and (closed := self._rounds.add(happened, candidate=candidate)):
+    def add(self, happened: float | None, *, candidate: bool, alone: bool = False) -> None:
+        """``alone``: the candidate has every task, so it is held against what was usual beside it."""
+        if happened is None:
+            return
+        if candidate and alone:
+            self.excess.add(Round(happened, 0.0), self._usual.cautious)
+            return
+        if not candidate:
+            self._usual.add(happened)
+        if closed := self._rounds.add(happened, candidate=candidate):
             self.excess.add(closed)
 
     def add_pair(self, candidate: float, incumbent: float) -> None:
@@ -75,8 +108,11 @@ class Guard:
 class Standing:
     """The evidence of one trial so far."""
 
-    def __init__(self, settings: Rollout) -> None:
+    def __init__(self, settings: Rollout, alone_since: float = math.inf) -> None:
+        """``alone_since``: when the candidate was given every task (Unix seconds)."""
         self.difference = Difference(settings.margin)
+        self.replayed = Difference(settings.margin)
+        """Outcomes of copies of calls from before the trial: they can end it, never promote."""
         self.guards = {
             "errors": Guard(settings.errors),
             "invalid answers": Guard(settings.invalid),
@@ -88,8 +124,13 @@ class Standing:
         """Tasks of the candidate whose first call ended."""
         self.scored = 0
         """Tasks of the candidate of which somebody said how they went."""
+        self.replays = 0
+        """Copies answered of calls from before the trial."""
         self.pairs = 0
         """Copies answered in the shadow."""
+        self.replay_over = False
+        """There are no more recorded calls to answer."""
+        self.alone_since = alone_since
         self._settled: list[float] = []
         self._outcomes = Rounds()
         self._first = Ceiling(settings.slow_factor)
@@ -103,7 +144,7 @@ class Standing:
                 self._add_answered(event)
             else:
                 cost = self._cost.over(event.usd, candidate=event.candidate)
-                self.guards["cost per task"].add(cost, candidate=event.candidate)
+                self._guard("cost per task", cost, event)
                 self._add_outcome(event.outcome, candidate=event.candidate)
                 if event.candidate:
                     self._settled.append(event.at)
@@ -111,12 +152,14 @@ class Standing:
     def add_pairs(self, pairs: Iterable[Pair]) -> None:
         """Fold in what the shadow showed."""
         for pair in pairs:
-            self.pairs += 1
+            self.replays += pair.replayed
+            self.pairs += not pair.replayed
             self.guards["errors"].add_pair(float(pair.failed), 0.0)
             if not pair.failed:
                 self.guards["invalid answers"].add_pair(float(pair.invalid), float(pair.was_invalid))
             if pair.outcome is not None and pair.was_outcome is not None:
-                self.difference.add(Round(pair.outcome, pair.was_outcome))
+                outcomes = self.replayed if pair.replayed else self.difference
+                outcomes.add(Round(pair.outcome, pair.was_outcome))
 
     def settled_since(self, moment: float) -> int:
         """Tasks of the candidate that settled after ``moment`` (Unix seconds)."""
@@ -125,15 +168,19 @@ class Standing:
     def _add_answered(self, event: Answered) -> None:
         arm = event.candidate
         self.answered += arm
-        self.guards["errors"].add(float(event.failed), candidate=arm)
+        self._guard("errors", float(event.failed), event)
         if event.failed:
             return
-        self.guards["invalid answers"].add(float(event.invalid), candidate=arm)
+        self._guard("invalid answers", float(event.invalid), event)
         for name, ceiling, value in (
             ("time to the first byte", self._first, event.ttft_s),
             ("total time", self._total, event.total_s),
         ):
-            self.guards[name].add(ceiling.over(value, candidate=arm), candidate=arm)
+            self._guard(name, ceiling.over(value, candidate=arm), event)
+
+    def _guard(self, name: str, happened: float | None, event: Event) -> None:
+        alone = event.at >= self.alone_since
+        self.guards[name].add(happened, candidate=event.candidate, alone=alone)
 
     def _add_outcome(self, outcome: float | None, *, candidate: bool) -> None:
         if outcome is None:

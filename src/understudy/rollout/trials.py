@@ -7,15 +7,17 @@ stages (course).
 
 from __future__ import annotations
 
+import time
 from typing import NamedTuple
 
 from understudy.config import Alias, Rollout
 from understudy.errors import InputError
-from understudy.rollout.course import Step
+from understudy.rollout.course import Step, first_step
 from understudy.rollout.move import Moved, changed_meanwhile, current, roll_back
+from understudy.rollout.staying import staying
 from understudy.traffic.store import Route, Stage, Store
 
-UNDER_WAY = frozenset({"shadow", "canary"})
+UNDER_WAY = frozenset({"replay", "shadow", "canary"})
 
 
 class Order(NamedTuple):
@@ -35,9 +37,13 @@ def begin(
     settings: Rollout,
     *,
     evidence: str = "",
+    deadline: float = 0.0,
     initial: Alias | None = None,
 ) -> Moved:
     """Put ``candidate`` on trial; the alias keeps its model until the trial promotes the other.
+
+    With ``evidence``, a certificate, nothing is replayed first: that is what it was made from. ``deadline``
+    is in Unix seconds, 0 for none.
 
     Raises InputError when one is on trial already, when it is the alias's model, and when somebody else
     changed the route.
@@ -51,10 +57,9 @@ def begin(
         )
     if candidate == was.model:
         raise InputError(f"{candidate} answers {alias!r} already", expected="another model to move to")
-    shadow = settings.shadow_tasks > 0
-    begun = was._replace(candidate=candidate, origin=was.version + 1, evidence=evidence)
-    share = 0.0 if shadow else settings.shares[0]
-    return set_stage(store, begun, Step("shadow" if shadow else "canary", share, order.reason), order.by)
+    begun = was._replace(candidate=candidate, origin=was.version + 1, evidence=evidence, deadline=deadline)
+    stage, share = first_step(settings, replay=not evidence)
+    return set_stage(store, begun, Step(stage, share, order.reason), order.by, settings)
 
 
 def pause(store: Store, alias: str, order: Order, initial: Alias | None = None) -> Moved:
@@ -65,13 +70,22 @@ def pause(store: Store, alias: str, order: Order, initial: Alias | None = None) 
     return set_stage(store, was, Step("held", was.share, order.reason), order.by)
 
 
-def resume(store: Store, alias: str, order: Order, initial: Alias | None = None) -> Moved:
-    """Go on where the trial was held."""
+def resume(
+    store: Store,
+    alias: str,
+    order: Order,
+    initial: Alias | None = None,
+    settings: Rollout = Rollout(),  # noqa: B008 immutable
+) -> Moved:
+    """Go on where the trial was held; a deadline that has passed is none any more."""
     was = _on_trial(store, alias, order, initial)
     if was.stage != "held":
         return Moved(was, was)
-    stage: Stage = "canary" if was.share else "shadow"
-    return set_stage(store, was, Step(stage, was.share, order.reason), order.by)
+    if was.deadline <= time.time():
+        was = was._replace(deadline=0.0)
+    before = [r for r in store.route_history(alias) if r.origin == was.origin and r.stage in UNDER_WAY]
+    stage: Stage = before[-1].stage if before else "shadow"
+    return set_stage(store, was, Step(stage, was.share, order.reason), order.by, settings)
 
 
 def abort(store: Store, alias: str, order: Order, initial: Alias | None = None) -> Moved:
@@ -82,13 +96,22 @@ def abort(store: Store, alias: str, order: Order, initial: Alias | None = None) 
     return set_stage(store, was, Step("rolled_back", 0.0, order.reason), order.by)
 
 
-def set_stage(store: Store, was: Route, step: Step, by: str, at: float | None = None) -> Moved:
+def set_stage(
+    store: Store,
+    was: Route,
+    step: Step,
+    by: str,
+    settings: Rollout = Rollout(),  # noqa: B008 immutable
+    at: float | None = None,
+) -> Moved:
     """Carry out a step of a trial, at ``at`` (Unix seconds; None: now).
 
     Raises InputError when the route is not at ``was.version`` any more.
     """
     promoted, over = step.stage == "promoted", step.stage in ("promoted", "rolled_back")
     model = was.candidate if promoted else was.model
+    idle = (time.time() if at is None else at) - settings.task_idle_s
+    stay = staying(store, was, step.share, idle) if step.stage == "canary" else []
     changed = store.set_route(
         was.alias,
         model,
@@ -101,6 +124,8 @@ def set_stage(store: Store, was: Route, step: Step, by: str, at: float | None = 
         candidate="" if over else was.candidate,
         share=step.share,
         origin=was.origin,
+        deadline=0.0 if over else was.deadline,
+        staying=stay,
         at=at,
     )
     if not changed:

@@ -296,6 +296,18 @@ M017_ADD_CANDIDATES = Migration(
     ),
 )
 
+M018_ADD_DEADLINES = Migration(
+    "m018_add_deadlines",
+    (
+        *(
+            f"ALTER TABLE {table} ADD COLUMN deadline REAL NOT NULL DEFAULT 0"
+            for table in ("routes", "route_history")
+        ),
+        # tasks that were under way when a share grew, as digests of eight bytes one behind the other
+        "CREATE TABLE staying (alias TEXT PRIMARY KEY, version INTEGER NOT NULL, tasks BLOB NOT NULL)",
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -315,6 +327,7 @@ HISTORY = (
     M015_ADD_LIMITS,
     M016_ADD_PLAIN,
     M017_ADD_CANDIDATES,
+    M018_ADD_DEADLINES,
 )
 
 

@@ -30,7 +30,7 @@ from understudy.traffic.rows import ATTEMPT_COLUMNS, CALL_COLUMNS, FEEDBACK_COLU
 from understudy.traffic.shelf import Bodies, Place, Shelf, chunks, marks
 
 Price = Callable[[Call], Cost | None]
-Stage = Literal["shadow", "canary", "held", "promoted", "rolled_back"]
+Stage = Literal["replay", "shadow", "canary", "held", "promoted", "rolled_back"]
 
 PAGE = 250
 """Calls read at a time: a reader never holds the database, nor more than a page, in memory."""
@@ -38,7 +38,7 @@ PAGE = 250
 
 _ROUTE_COLUMNS = (
     "alias, version, model, fallback, stage, changed_at, changed_by, reason, evidence, "
-    "candidate, share, origin"
+    "candidate, share, origin, deadline"
 )
 _KEY_COLUMNS = f"id, name, created, revoked, {', '.join(Limits._fields)}"
 _SHAPE_COLUMNS = f"key, at, modalities, features, max_tokens, task_id, {USAGE_COLUMNS}"
@@ -67,6 +67,8 @@ class Route(NamedTuple):
     """Share of tasks the candidate has in a canary, or had when it was held."""
     origin: int = 0
     """Version with which its trial began."""
+    deadline: float = 0.0
+    """Unix seconds by which its trial is to be over; 0: whenever."""
 
 
 class Key(NamedTuple):
@@ -491,18 +493,20 @@ class Store:
         candidate: str = "",
         share: float = 0.0,
         origin: int = 0,
+        deadline: float = 0.0,
+        staying: Sequence[bytes] = (),
         at: float | None = None,
     ) -> bool:
         """Compare and set: False, and nothing changed, when the alias is not at ``expected_version``.
 
-        0 stands for an alias without a route; ``at`` is the time of the change in Unix seconds, None now. The
-        change and its history are on disk on return.
+        0 stands for an alias without a route; ``at`` is the time of the change in Unix seconds, None now;
+        ``staying`` are digests of 8 bytes, see `staying`. The change and its history are on disk on return.
         """
         spread = msgspec.json.encode(list(fallback)).decode()
         when = time.time() if at is None else at
         row = (
             *(alias, expected_version + 1, model, spread, stage, when, by, reason, evidence),
-            *(candidate, share, origin),
+            *(candidate, share, origin, deadline),
         )
         with self._database.transaction(durable=True):
             found = self.route(alias)
@@ -511,7 +515,29 @@ class Store:
             self._database.execute("DELETE FROM routes WHERE alias = ?", (alias,))
             for table in ("routes", "route_history"):
                 self._many(table, _ROUTE_COLUMNS, [row])
+            self._database.execute("DELETE FROM staying WHERE alias = ?", (alias,))
+            if staying:
+                self._many(
+                    "staying", "alias, version, tasks", [(alias, expected_version + 1, b"".join(staying))]
+                )
         return True
+
+    def staying(self) -> dict[str, frozenset[bytes]]:
+        """For each alias the tasks that stay with its model though the candidate's share covers them."""
+        return {
+            alias: frozenset(bytes(tasks[i : i + 8]) for i in range(0, len(tasks), 8))
+            for alias, tasks in self._database.query("SELECT alias, tasks FROM staying")
+        }
+
+    def dealt(self, alias: str, since: float) -> Iterator[tuple[str, str]]:
+        """Task and the target asked first, of each call with a task since then (Unix seconds), in order."""
+        sql = (
+            "SELECT task_id, COALESCE((SELECT target FROM attempts WHERE call = calls.key "
+            "AND number = (SELECT MIN(number) FROM attempts WHERE call = calls.key)), target) "
+            "FROM calls WHERE alias = ? AND key >= ? AND task_id <> '' ORDER BY key"
+        )
+        bound = f"{max(0, int(since * 1000)):012x}"  # keys begin with their time in milliseconds
+        yield from ((row[0], row[1]) for row in self._database.query(sql, (alias, bound)))
 
     def route_history(self, alias: str | None = None) -> list[Route]:
         """Every version of an alias's route, or of all in order of time; oldest first."""
