@@ -20,7 +20,11 @@ Modality = Literal["text", "image", "audio", "file"]
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens of one call. Cached and cache-write tokens are part of ``prompt_tokens``, reasoning tokens of
-    ``completion_tokens``, and ``output_audio_tokens`` of ``audio_tokens``: each can have its own price."""
+    ``completion_tokens``, and ``output_audio_tokens`` of ``audio_tokens``: each can have its own price.
+
+    ``cached_audio_tokens`` are counted in ``cached_tokens`` and in ``audio_tokens``, ``cache_write_1h_tokens``
+    (kept for an hour, not for minutes) in ``cache_write_tokens``.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -29,6 +33,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     audio_tokens: int = 0
     output_audio_tokens: int = 0
     cache_write_tokens: int = 0
+    cached_audio_tokens: int = 0
+    cache_write_1h_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -107,13 +113,20 @@ def text_of(content: object) -> str:
 
 
 def usage_of(body: Mapping[str, Any]) -> Usage | None:
-    """Usage of an answer, details included; None when the answer has none."""
+    """Usage of an answer, details included; None when the answer has none.
+
+    What a cache gave and took is read in OpenAI's words and in those of LiteLLM for Anthropic's
+    (``cache_creation_tokens``, ``cache_creation_token_details``).
+    """
     raw = body.get("usage")
     if not isinstance(raw, dict):
         return None
     usage = cast(Json, raw)
     prompt_details = cast(Json, usage.get("prompt_tokens_details") or {})
     completion_details = cast(Json, usage.get("completion_tokens_details") or {})
+    cached_details = cast(Json, prompt_details.get("cached_tokens_details") or {})
+    write_details = cast(Json, prompt_details.get("cache_creation_token_details") or {})
+    written = prompt_details.get("cache_write_tokens") or prompt_details.get("cache_creation_tokens") or 0
     spoken = int(completion_details.get("audio_tokens") or 0)
     return Usage(
         prompt_tokens=int(usage.get("prompt_tokens") or 0),
@@ -122,7 +135,9 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
         reasoning_tokens=int(completion_details.get("reasoning_tokens") or 0),
         audio_tokens=int(prompt_details.get("audio_tokens") or 0) + spoken,
         output_audio_tokens=spoken,
-        cache_write_tokens=int(prompt_details.get("cache_write_tokens") or 0),
+        cache_write_tokens=int(written),
+        cached_audio_tokens=int(cached_details.get("audio_tokens") or 0),
+        cache_write_1h_tokens=int(write_details.get("ephemeral_1h_input_tokens") or 0),
     )
 
 

@@ -90,15 +90,37 @@ def test_a_family_is_the_id_without_its_date() -> None:
     assert [family_of(n) for n in names] == ["gpt-4.1", "claude-sonnet-4", "gpt-4", "gpt-4.1", "qwen3-32b"]
 
 
-def test_an_undated_id_ends_with_its_newest_dated_form() -> None:
+def test_an_undated_id_ends_with_its_newest_dated_form_and_a_fine_tuned_one_with_its_base() -> None:
     catalog = snapshot()
-    undated, dated = catalog.find("openai/gpt-4.1"), catalog.find("openai/gpt-4.1-2025-04-14")
-    assert undated
-    assert undated.retires
-    assert dated
-    assert dated.retires
-    assert undated.retires.value == dated.retires.value
-    assert undated.retires.source.endswith("of openai/gpt-4.1-2025-04-14")
+    heirs = [m for m in catalog if m.retires and ", of " in m.retires.source]
+    assert heirs
+    for heir in heirs:
+        other = catalog.find(heir.retires.source.partition(", of ")[2] if heir.retires else "")
+        assert heir.retires
+        assert other
+        assert other.retires
+        assert heir.retires.value == other.retires.value
+        assert family_of(other.id) == heir.id or f"ft:{other.model}" == heir.model
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("openai/ft:gpt-4.1-2025-04-14:acme::abc123", "openai/ft:gpt-4.1-2025-04-14"),
+        ("ft:gpt-4.1-2025-04-14:acme:support:abc123", "openai/ft:gpt-4.1-2025-04-14"),
+        ("prod/ft:gpt-4.1:acme::abc123", "openai/gpt-4.1"),
+        ("openai/ft:nobody-knows:acme::abc123", None),
+    ],
+)
+def test_a_fine_tuned_model_of_yours_is_known_by_its_base(name: str, found: str | None) -> None:
+    model = snapshot().find(name)
+    assert (model.id if model else None) == found
+
+
+def test_what_can_be_fine_tuned_is_a_fact_with_a_source() -> None:
+    tuned = {m.id: m.features for m in snapshot() if m.features and "fine_tuning" in m.features.value}
+    assert {"openai/gpt-4.1-2025-04-14", "azure/gpt-4.1", "vertex/gemini-2.5-flash"} <= set(tuned)
+    assert all("fine_tuning" in c.value for f in tuned.values() for c in f.claims if c.source == "azure-docs")
 
 
 def test_an_overlay_adds_models_and_corrects_facts(tmp_path: Path) -> None:

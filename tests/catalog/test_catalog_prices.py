@@ -156,7 +156,15 @@ def test_charges_equal_genai_prices_for_every_model_it_prices_by_token() -> None
 
 def test_counts_that_contradict_each_other_never_cost_less_than_nothing() -> None:
     tier = Tier(
-        input=1.0, output=1.0, cached=0.5, cache_write=1.0, input_audio=1.0, output_audio=1.0, reasoning=1.0
+        input=1.0,
+        output=1.0,
+        cached=0.5,
+        cached_audio=0.5,
+        cache_write=1.0,
+        cache_write_1h=1.0,
+        input_audio=1.0,
+        output_audio=1.0,
+        reasoning=1.0,
     )
     usage = Usage(prompt_tokens=5, cached_tokens=50, completion_tokens=1, reasoning_tokens=9)
     assert charge(Rates(tiers=(tier,)), usage) == pytest.approx((50 * 0.5 + 9) / 1e6)
@@ -183,6 +191,53 @@ def test_the_overlay_sets_negotiated_and_self_hosted_prices(tmp_path: Path) -> N
     assert student.usd == pytest.approx(0.001)
     before = dt.datetime(2025, 12, 31, tzinfo=dt.UTC).timestamp()
     assert (cost(catalog, "openai/gpt-4.1", usage, before) or negotiated).source != "overlay facts.yaml"
+
+
+NEGOTIATED = """
+models:
+  a/b:
+    prices:
+      currency: EUR
+      rate: 2.0
+      input: 1.0
+      output: 4.0
+      cached: 0.1
+      cache_write: 1.25
+      cache_write_1h: 2.0
+      input_audio: 8.0
+      output_audio: 16.0
+      tiers: [{above: 1000, input: 2.0, output: 6.0, cached: 0.2}]
+      batch: {input: 0.5, output: 2.0}
+"""
+K = 1000
+
+
+@pytest.mark.parametrize(
+    ("usage", "batch", "euros"),
+    [
+        (Usage(prompt_tokens=K, completion_tokens=K), False, 1.0 + 4.0),
+        (Usage(prompt_tokens=K, cached_tokens=K), False, 0.1),
+        (
+            Usage(prompt_tokens=K, cache_write_tokens=K, cache_write_1h_tokens=400),
+            False,
+            0.6 * 1.25 + 0.4 * 2,
+        ),
+        (Usage(prompt_tokens=K, completion_tokens=K, audio_tokens=2 * K, output_audio_tokens=K), False, 24.0),
+        # sound out of a cache: nobody says that it costs less
+        (Usage(prompt_tokens=K, audio_tokens=K, cached_tokens=K, cached_audio_tokens=K), False, 8.0),
+        (Usage(prompt_tokens=2 * K, completion_tokens=K), False, 2 * 2.0 + 6.0),
+        (Usage(prompt_tokens=2 * K, completion_tokens=K), True, 2 * 0.5 + 2.0),
+    ],
+)
+def test_the_overlay_has_a_price_for_every_kind_of_token_tiers_and_batches(
+    tmp_path: Path, usage: Usage, batch: bool, euros: float
+) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(NEGOTIATED)
+    context = {"processing": "batch"} if batch else {}
+    found = cost(load_catalog(path), "a/b", usage, NOON, context=context)
+    assert found
+    assert found.usd == pytest.approx(2.0 * euros * K / 1e6)
 
 
 def call(target: str, **tags: str) -> Call:

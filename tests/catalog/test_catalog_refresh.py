@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from understudy.catalog import facts, refresh
-from understudy.catalog.facts import Claim, load_catalog
+from understudy.catalog.facts import Batch, Claim, ListPrice, LongPrompts, load_catalog
 
 LITELLM: dict[str, Any] = {
     "gpt-x": {
@@ -22,10 +22,20 @@ LITELLM: dict[str, Any] = {
         "input_cost_per_token": 2e-06,
         "output_cost_per_token": 8e-06,
         "cache_read_input_token_cost": 5e-07,
+        "cache_creation_input_token_cost": 2.5e-06,
+        "cache_creation_input_token_cost_above_1hr": 4e-06,
+        "input_cost_per_audio_token": 3.2e-05,
+        "input_cost_per_token_above_200k_tokens": 4e-06,
+        "output_cost_per_token_above_200k_tokens": 1.2e-05,
+        "input_cost_per_token_above_272k_tokens": 9e-06,
         "input_cost_per_token_batches": 1e-06,
+        "output_cost_per_token_batches": 4e-06,
         "supports_vision": True,
+        "supports_sampling_params": False,
+        "supports_audio_output": True,
         "supports_function_calling": True,
         "deprecation_date": "2027-01-14",
+        "successor_model": "openai/gpt-z",
     },
     "gemini/free-one": {
         "litellm_provider": "gemini",
@@ -85,17 +95,34 @@ def test_facts_keep_their_source_and_the_day_it_checked(snapshot: Path) -> None:
     assert model.retires.value == dt.date(2027, 1, 14)
     assert model.retires.claims[1] == Claim(dt.date(2027, 2, 1), "llm-sunset", "2026-09-24")
     assert model.successor
-    assert model.successor.value == "gpt-y"
+    assert {c.value for c in model.successor.claims} == {"gpt-y", "gpt-z"}
     assert model.prices
-    assert [(p.input, p.output, p.cached) for p in model.prices.value] == [(2.0, 8.0, 0.5)]
+    assert model.prices.value == (
+        ListPrice(
+            input=2.0,
+            output=8.0,
+            cached=0.5,
+            cache_write=2.5,
+            cache_write_1h=4.0,
+            input_audio=32.0,
+            # a tier of which only the input is told is no price
+            tiers=(LongPrompts(above=200_000, input=4.0, output=12.0),),
+            batch=Batch(input=1.0, output=4.0),
+        ),
+    )
     assert model.features
-    assert model.features.value == {"tools", "batch"}
+    assert model.features.value == {"tools", "batch", "fine_tuning"}  # for there is a price for ft:gpt-x
+    assert model.lacks
+    assert model.lacks.value == {"temperature"}
+    assert model.outputs
+    assert model.outputs.value == {"text", "audio"}
     assert model.inputs
     assert model.inputs.value == {"text", "image"}
 
 
 def test_only_models_that_write_text_and_whose_vendor_we_know_are_kept(snapshot: Path) -> None:
-    assert {m.id for m in load_catalog()} == {"openai/gpt-x", "google/free-one", "bedrock/a: strange, id"}
+    known = {m.id for m in load_catalog()}
+    assert known == {"openai/gpt-x", "openai/ft:gpt-x", "google/free-one", "bedrock/a: strange, id"}
 
 
 def test_zero_is_no_price_and_words_are_no_date(snapshot: Path) -> None:
@@ -116,7 +143,7 @@ _PROFILES: dict[str, dict] = {
     "gpt-x": {
         "name": "X", "release_date": "2026-03", "open_weights": False,
         "max_input_tokens": 900, "max_output_tokens": 100,
-        "text_outputs": True, "image_inputs": True, "audio_inputs": False,
+        "text_outputs": True, "image_outputs": True, "image_inputs": True, "audio_inputs": False,
         "reasoning_output": False, "tool_calling": True, "structured_output": False, "temperature": False,
     },
     "only-corrects": {"image_inputs": True, "text_outputs": True},
@@ -151,7 +178,11 @@ def test_a_price_that_moved_is_appended_with_the_day_it_was_read(snapshot: Path,
     wheel(sources, "litellm", "model_prices_and_context_window_backup.json", dearer)
     refresh.main(sources, snapshot, dt.date(2026, 12, 1))
     refresh.main(sources, snapshot, dt.date(2026, 12, 2))
+    told_more = {**dearer, "gpt-x": {**dearer["gpt-x"], "output_cost_per_audio_token": 6.4e-05}}
+    wheel(sources, "litellm", "model_prices_and_context_window_backup.json", told_more)
+    refresh.main(sources, snapshot, dt.date(2026, 12, 3))
     model = load_catalog().find("openai/gpt-x")
     assert model
     assert model.prices
     assert [(p.input, p.start) for p in model.prices.value] == [(2.0, None), (3.0, dt.date(2026, 12, 1))]
+    assert model.prices.value[-1].output_audio == 64.0  # told in more detail: no new price

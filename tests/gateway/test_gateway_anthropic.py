@@ -108,7 +108,7 @@ COUNTED = {
     "prompt_tokens": 45,
     "completion_tokens": 7,
     "total_tokens": 52,
-    "prompt_tokens_details": {"cached_tokens": 30},
+    "prompt_tokens_details": {"cached_tokens": 30, "cache_write_tokens": 5},
 }
 MESSAGE: dict[str, Any] = {
     "id": "msg_1",

@@ -194,6 +194,10 @@ UNDONE = (
         for table in ("routes", "route_history")
         for column in ("candidate", "share", "origin", "deadline")
     ),
+    *(
+        f"ALTER TABLE calls DROP COLUMN {column}"
+        for column in ("cached_audio_tokens", "cache_write_1h_tokens")
+    ),
 )
 """The steps that came after retention, taken back."""
 

@@ -35,6 +35,8 @@ USAGE = Usage(
     audio_tokens=10,
     output_audio_tokens=5,
     cache_write_tokens=3,
+    cached_audio_tokens=2,
+    cache_write_1h_tokens=1,
 )
 
 

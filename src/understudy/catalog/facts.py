@@ -29,13 +29,15 @@ OVERLAY = "overlay"
 
 RULE = (
     "the overlay first; then the claim read last; then the more cautious one: the earlier date, the smaller "
-    "limit, the higher price; features are what any source says a model has"
+    "limit, the higher price; features are what any source says a model has, and it lacks what one denies and "
+    "none says it has"
 )
 """How one claim is believed where sources disagree."""
 
 Feature = Literal[
-    "tools", "json_schema", "json_object", "logprobs", "caching", "batch", "reasoning", "stream"
-]
+    "tools", "json_schema", "json_object", "logprobs", "caching", "batch", "reasoning", "stream",
+    "fine_tuning",
+]  # fmt: skip
 
 
 class Claim(msgspec.Struct, Generic[T], frozen=True):
@@ -66,17 +68,48 @@ class Fact(msgspec.Struct, Generic[T], frozen=True):
         return self.source.endswith("-estimate")
 
 
-class ListPrice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Details(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """USD per million tokens of particular kinds."""
+
+    cached: float | None = None
+    """Of prompt tokens read from a cache; None: as ``input``."""
+    cached_audio: float | None = None
+    """Of sound read from a cache; None: as ``input_audio`` where that is told, else as ``cached``."""
+    cache_write: float | None = None
+    """Of prompt tokens written to a cache for minutes; None: as ``input``."""
+    cache_write_1h: float | None = None
+    """Of prompt tokens written to a cache for an hour; None: as ``cache_write``."""
+    input_audio: float | None = None
+    output_audio: float | None = None
+    reasoning: float | None = None
+    """Of answer tokens that are thought, not said; None: as ``output``."""
+
+
+class Batch(Details, frozen=True, kw_only=True, omit_defaults=True):
+    """What a vendor's batch API takes."""
+
+    input: float
+    output: float
+
+
+class LongPrompts(Details, frozen=True, kw_only=True, omit_defaults=True):
+    """What all tokens of a call cost whose prompt is longer than ``above`` tokens."""
+
+    above: int
+    input: float
+    output: float
+
+
+class ListPrice(Details, frozen=True, kw_only=True, omit_defaults=True):
     """A price in USD per million tokens, from a day on."""
 
     input: float
     output: float
-    cached: float | None = None
-    """Of prompt tokens read from a cache; None: as `input`."""
-    cache_write: float | None = None
-    """Of prompt tokens written to a cache; None: as `input`."""
     start: dt.date | None = None
     """Day from which it holds; None: since ever, as far as the source says."""
+    tiers: tuple[LongPrompts, ...] = ()
+    batch: Batch | None = None
+    """None: there is none, or nobody tells its price."""
 
 
 class Hosting(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,12 +207,16 @@ class Catalog:
 
         An endpoint's name need not be the vendor's: ``prod-eu/gpt-4.1`` is the one model called gpt-4.1. A
         dated id that is not known itself (gpt-4.1-2025-04-14) stands for its undated family; an undated one
-        is never taken for a dated one.
+        is never taken for a dated one. One of your own fine-tuned models (ft:gpt-4.1-2025-04-14:acme::id) is
+        what is known of fine-tuned forms of its base, or of the base.
         """
         if name in self._models:
             return self._models[name]
         bare = name.partition("/")[2] if "/" in name else name
-        for candidate in dict.fromkeys((name, bare, family_of(name), family_of(bare))):
+        tuned = bare.split(":")[:2] if bare.startswith("ft:") else []
+        for candidate in dict.fromkeys(
+            (name, bare, family_of(name), family_of(bare), ":".join(tuned), *tuned[1:])
+        ):
             if candidate in self._by_name:
                 return self._by_name[candidate]
         return None
@@ -236,7 +273,7 @@ def _snapshot(files: tuple[tuple[Path, int], ...]) -> tuple[dict[str, dict[str, 
     return table, read
 
 
-MIXED = frozenset({"benchmarks", "releases", "live"})
+MIXED = frozenset({"benchmarks", "finetuning", "releases", "live"})
 """Files with facts about models of many vendors."""
 RESELLERS = frozenset({"azure", "bedrock", "vertex"})
 """Vendors who serve models of others: asked last when a bare model id is looked up."""
@@ -333,20 +370,22 @@ def _claim(field: str, value: Any, source: str, read: str) -> Claim[Any]:
 
 
 def _inherit_ends(table: dict[str, dict[str, list[Claim[Any]]]]) -> None:
-    """An undated id stands for its newest dated form: where only that one has an end, it is the id's too."""
+    """An undated id stands for its newest dated form: where only that one has an end, it is the id's too.
+    Fine-tuned forms end with their base."""
     newest: dict[str, str] = {}
     for name in sorted(table):
-        if (family := family_of(name)) != name:
+        if (family := family_of(name)) != name and "/ft:" not in name:
             newest[family] = name
-    for family, dated in newest.items():
-        if family in table and not table[family].keys() & {"deprecated", "retires"}:
-            for field in ("deprecated", "retires", "successor"):
-                said = [
-                    msgspec.structs.replace(c, source=f"{c.source}, of {dated}")
-                    for c in table[dated].get(field, [])
-                ]
-                if said:
-                    table[family][field] = said
+    newest |= {name: name.replace("/ft:", "/") for name in table if "/ft:" in name}
+    for heir, other in newest.items():
+        if heir in table and other in table and not table[heir].keys() & {"deprecated", "retires"}:
+            _inherit_end(table[heir], table[other], other)
+
+
+def _inherit_end(heir: dict[str, list[Claim[Any]]], other: Mapping[str, list[Claim[Any]]], name: str) -> None:
+    for field in ("deprecated", "retires", "successor"):
+        if said := other.get(field):
+            heir[field] = [msgspec.structs.replace(c, source=f"{c.source}, of {name}") for c in said]
 
 
 def _add_overlay(table: dict[str, Any], path: Path) -> None:
@@ -394,9 +433,20 @@ def _in_usd(price: Any, where: str) -> Any:
             expected="rate: the USD that one unit is worth, on a day you choose",
             next_step=f"add rate: 1.08 (for example) beside currency: {currency}",
         )
-    amounts = ("input", "output", "cached", "cache_write")
-    rest = {k: v for k, v in told.items() if k not in ("currency", "rate")}
-    return {k: v * rate if k in amounts and isinstance(v, (int, float)) else v for k, v in rest.items()}
+    return _times({k: v for k, v in told.items() if k not in ("currency", "rate")}, rate)
+
+
+def _times(price: Any, rate: float) -> Any:
+    """Every amount of a price, its tiers and its batches included, times ``rate``."""
+    if isinstance(price, list):
+        return [_times(part, rate) for part in cast(list[Any], price)]
+    if not isinstance(price, dict):
+        return price
+    amounts = {*Details.__struct_fields__, "input", "output"}
+    return {
+        k: v * rate if k in amounts and isinstance(v, (int, float)) else _times(v, rate)
+        for k, v in cast(dict[str, Any], price).items()
+    }
 
 
 def _converted(field: str, value: Any) -> Any:
@@ -407,8 +457,9 @@ def _model(name: str, claims: Mapping[str, list[Claim[Any]]]) -> ModelFacts:
     values: dict[str, Any] = {
         field: choose(said) for field, said in claims.items() if field not in ("names", "scores")
     }
-    if features := claims.get("features"):
-        values["features"] = _together(features)
+    for field in ("features", "lacks"):
+        if said := claims.get(field):
+            values[field] = _together(said)
     if (lacks := values.get("lacks")) and (has := values.get("features")):
         values["lacks"] = msgspec.structs.replace(lacks, value=lacks.value - has.value)
     if "released" not in values and (day := _day_in(name)):
@@ -418,7 +469,7 @@ def _model(name: str, claims: Mapping[str, list[Claim[Any]]]) -> ModelFacts:
 
 
 def _together(said: list[Claim[frozenset[str]]]) -> Fact[frozenset[str]]:
-    """What any source says it has: silence on a feature is no claim. The overlay's list stands alone."""
+    """What any source says: silence on a feature is no claim. The overlay's list stands alone."""
     fact = choose(said)
     if fact.source.startswith(OVERLAY):
         return fact

@@ -106,10 +106,9 @@ def forecast(catalog: Catalog, facts: ModelFacts, now: float) -> Forecast | None
     if x is None or (fit := _fit()) is None:
         return None
     chances: list[Chance] = []
-    for months in HORIZONS:
-        chance = _chance(fit, x, months)
+    for chance in _chances(fit, x):
         if chances and chance.probability < chances[-1].probability:  # two methods need not agree; time must
-            chance = msgspec.structs.replace(chances[-1], months=months)
+            chance = msgspec.structs.replace(chances[-1], months=chance.months)
         chances.append(chance)
     return Forecast(facts.id, tuple(chances), fit.fitted)
 
@@ -163,18 +162,35 @@ def releases_by_line(catalog: Catalog) -> dict[str, list[dt.date]]:
 
 def probability(coefficients: tuple[float, ...], log_rho: float, x: list[float], months: float) -> float:
     """P(T ≤ h) = 1 − exp(−(h/λ)^ρ), log λ linear in x (Weibull AFT, Kalbfleisch and Prentice 2002, §2.3)."""
-    log_scale = coefficients[0] + sum(map(mul, islice(coefficients, 1, None), x))
-    return -math.expm1(-math.exp(math.exp(log_rho) * (math.log(months / 12) - log_scale)))
+    return _weibull(_log_scale(coefficients, x), math.exp(log_rho), math.log(months / 12))
 
 
-def _chance(fit: Fit, x: list[float], months: int) -> Chance:
-    score = next((s for s in fit.scores if s.months == months), None)
-    if score is None or not score.model_is_better:
-        rate, low, high = fit.base_rates[str(months)]
-        return Chance(months, rate, low, high, "base rate")
-    drawn = sorted(probability(b, b[-1], x, months) for b in fit.bootstrap)
-    ends = (drawn[int(0.05 * len(drawn))], drawn[int(0.95 * len(drawn))])
-    return Chance(months, probability(fit.coefficients, fit.log_rho, x, months), *ends, "survival model")
+def _log_scale(coefficients: tuple[float, ...], x: list[float]) -> float:
+    return coefficients[0] + sum(map(mul, islice(coefficients, 1, None), x))
+
+
+def _weibull(log_scale: float, rho: float, log_years: float) -> float:
+    return -math.expm1(-math.exp(rho * (log_years - log_scale)))
+
+
+def _chances(fit: Fit, x: list[float]) -> list[Chance]:
+    """One for each of `HORIZONS`; the refits are applied to x once for all of them."""
+    better = {s.months for s in fit.scores if s.model_is_better}
+    drawn = [(_log_scale(b, x), math.exp(b[-1])) for b in fit.bootstrap] if better else []
+    return [
+        _modelled(fit, x, drawn, months)
+        if months in better
+        else Chance(months, *fit.base_rates[str(months)], "base rate")
+        for months in HORIZONS
+    ]
+
+
+def _modelled(fit: Fit, x: list[float], drawn: list[tuple[float, float]], months: int) -> Chance:
+    log_years = math.log(months / 12)
+    spread = sorted(_weibull(scale, rho, log_years) for scale, rho in drawn)
+    low, high = spread[int(0.05 * len(spread))], spread[int(0.95 * len(spread))]
+    told = probability(fit.coefficients, fit.log_rho, x, months)
+    return Chance(months, told, low, high, "survival model")
 
 
 @cache

@@ -146,6 +146,8 @@ def facts_of(row: Mapping[str, Any], vendor_known: bool = True) -> Iterator[tupl
         yield "output_limit", int(most)
     if inputs := _inputs(row):
         yield "inputs", inputs
+    if outputs := _modalities(_inner(row, "architecture", "output_modalities")):
+        yield "outputs", outputs
     if features := _features(row):
         yield "features", features
     if price := _price(row):
@@ -242,17 +244,22 @@ def _supported(row: Mapping[str, Any], name: str) -> bool:
 def _inputs(row: Mapping[str, Any]) -> list[str]:
     listed = _inner(row, "architecture", "input_modalities")
     if listed is not None:
-        return sorted(set(listed) & set(get_args(Modality)))
+        return _modalities(listed)
     if "capabilities" in row and "max_input_tokens" in row:
         told = {"image": "image_input", "file": "pdf_input"}
         return ["text", *sorted(word for word, name in told.items() if _supported(row, name))]
     return []
 
 
+def _modalities(listed: Any) -> list[str]:
+    return sorted(set(cast(list[str], listed or [])) & set(get_args(Modality)))
+
+
 def _features(row: Mapping[str, Any]) -> list[str]:
     found = {_PARAMETERS[p] for p in row.get("supported_parameters") or () if p in _PARAMETERS}
     found |= {word for name, word in _CAPABILITIES.items() if _supported(row, name)}
     found |= {_METHODS[m] for m in row.get("supportedGenerationMethods") or () if m in _METHODS}
+    found |= {"fine_tuning"} if _inner(row, "capabilities", "fine_tune") is True else set()
     return sorted(found | ({"reasoning"} if row.get("thinking") is True else set()))
 
 

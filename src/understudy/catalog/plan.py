@@ -23,7 +23,7 @@ from understudy.catalog.tiers import Condition, tier_of
 from understudy.catalog.watch import days_until
 from understudy.catalog.workload import Group, Workload
 from understudy.errors import InputError
-from understudy.protocol import CallShape
+from understudy.protocol import CallShape, Modality
 
 TOKENIZER_BOUND = 1.3
 """A text has at most this many times as many tokens with another vendor's tokenizer: taken for the fit, since
@@ -220,7 +220,7 @@ def make_plan(
     """
     leaving = catalog.find(incumbent) or ModelFacts(id=incumbent)
     load = Workload(shapes, now)
-    scale = _Scale(catalog, leaving, load, now, tiers or {}, latencies or {}, ratios or {})
+    scale = _Scale(catalog, leaving, load, now, tiers or {}, latencies or {}, ratios or {}, {})
     passed: dict[str, int] = {}
     if candidates is not None:
         named = [_known(catalog, c) for c in candidates]
@@ -279,6 +279,8 @@ def _passed_over(catalog: Catalog, facts: ModelFacts, counts: dict[str, int]) ->
         reason = f"made for {purpose_of(facts)}"
     elif facts.model.endswith("-latest"):
         reason = "a name that moves on to other models by itself"
+    elif facts.model.startswith("ft:"):
+        reason = "a fine-tuned form that is yours to train first"
     elif family != facts.id and family in catalog:
         reason = "a dated twin of another"
     elif not facts.context_window or not (facts.prices or facts.hosting):
@@ -333,10 +335,12 @@ class _Scale(NamedTuple):
     tiers: Mapping[str, Sequence[Condition]]
     latencies: Mapping[str, Latency]
     ratios: Mapping[str, TokenRatio]
+    fits: dict[_Asked, _Fit]
+    """Kept while a plan is made."""
 
     def weigh(self, facts: ModelFacts) -> Candidate:
         load, ratio = self.load, self._ratio(facts)
-        fit = _fit(facts, load, ratio.most)
+        fit = self._fit(facts, ratio.most)
         rates = rates_at(self.catalog, facts.id, self.now)
         usd = None if rates is None else load.usd(rates) * ratio.mean
         band = None if rates is None else load.usd_band(rates)
@@ -378,6 +382,16 @@ class _Scale(NamedTuple):
             changes=changes(facts, self.leaving, load) if facts.id != self.leaving.id else (),
         )
 
+    def _fit(self, facts: ModelFacts, bound: float) -> _Fit:
+        context, limit, rate = (
+            known.value if known else 0
+            for known in (facts.context_window, facts.output_limit, facts.tokens_per_minute)
+        )
+        asked = _Asked(_can(facts), (context, limit, bound), rate)
+        if asked not in self.fits:
+            self.fits[asked] = _fit(self.load, asked)
+        return self.fits[asked]
+
     def _ratio(self, facts: ModelFacts) -> TokenRatio:
         if facts.id in self.ratios:
             return self.ratios[facts.id]
@@ -402,65 +416,63 @@ class _Scale(NamedTuple):
         return per_million[0] * millions, per_million[1] * millions
 
 
-def _fit(facts: ModelFacts, load: Workload, bound: float) -> _Fit:
+def _fit(load: Workload, asked: _Asked) -> _Fit:
     misfits: dict[str, int] = {}
     unverified: dict[str, None] = {}
     fitting = 0
-    for group in load.groups:
-        reasons = {word: len(group.calls) for word in _lacking(facts, group)}
-        unverified |= dict.fromkeys(_unknown(facts, group))
-        broken = len(group.calls) if reasons else _broken_by_length(facts, group, bound)
-        reasons |= _length_reasons(facts, group, bound)
-        fitting += len(group.calls) - broken
-        for word, count in reasons.items():
+    for group, (broken, reasons) in zip(load.groups, load.lengths(*asked.limits), strict=True):
+        lacking = _lacking(asked.can, group)
+        fitting += 0 if lacking else len(group) - broken
+        unverified |= dict.fromkeys(_unknown(asked.can, group))
+        for word, count in (*dict.fromkeys(lacking, len(group)).items(), *reasons.items()):
             misfits[word] = misfits.get(word, 0) + count
-    if facts.tokens_per_minute:
-        misfits["rate"] = load.too_fast(facts.tokens_per_minute.value)
+    if asked.tokens_per_minute:
+        misfits["rate"] = load.too_fast(asked.tokens_per_minute)
         fitting = min(fitting, len(load) - misfits["rate"])
     return _Fit(fitting, {w: n for w, n in misfits.items() if n}, tuple(unverified))
 
 
-def _lacking(facts: ModelFacts, group: Group) -> list[str]:
-    """Modalities and features that calls need and the model is known not to have."""
-    lacking = list(unsuited(facts, group))
-    if facts.inputs:
-        lacking += sorted(group.modalities - facts.inputs.value)
-    return lacking + sorted(group.features & _denied(facts))
+class _Asked(NamedTuple):
+    """All that the fit of a model depends on: models of which it is the same are looked at once."""
+
+    can: _Can
+    limits: tuple[int, int, float]
+    """Context, output limit (0: not known), and the tokens its tokenizer makes of one recorded."""
+    tokens_per_minute: int
 
 
-def _denied(facts: ModelFacts) -> frozenset[str]:
-    """Features the model is known not to have: a source says so, or the overlay's whole list omits them."""
-    denied = facts.lacks.value if facts.lacks else frozenset[str]()
+class _Can(NamedTuple):
+    """What a model is known to take, known not to, and not known to."""
+
+    purpose: str
+    inputs: frozenset[Modality] | None
+    has: frozenset[str]
+    lacks: frozenset[str]
+    context_known: bool
+
+
+def _can(facts: ModelFacts) -> _Can:
+    """Lacking: a source says so, or the overlay's whole list omits it."""
+    has = facts.features.value if facts.features else frozenset[str]()
+    lacks = facts.lacks.value if facts.lacks else frozenset[str]()
     if facts.features and facts.features.source.startswith(OVERLAY):
-        denied |= CERTAIN - facts.features.value
-    return denied
+        lacks |= CERTAIN - has
+    inputs = facts.inputs.value if facts.inputs else None
+    return _Can(purpose_of(facts), inputs, has, lacks, facts.context_window is not None)
 
 
-def _unknown(facts: ModelFacts, group: Group) -> list[str]:
-    unknown = sorted(group.modalities - {"text"}) if facts.inputs is None else []
-    told = _denied(facts) | (facts.features.value if facts.features else frozenset[str]())
-    unknown += sorted(group.features - TAKEN_FOR_GRANTED - told)
-    if facts.context_window is None:
-        unknown.append("context")
-    return unknown
+def _lacking(can: _Can, group: Group) -> list[str]:
+    """Modalities and features that calls need and the model is known not to have."""
+    lacking = list(unsuited(can.purpose, group))
+    if can.inputs is not None:
+        lacking += sorted(group.modalities - can.inputs)
+    return lacking + sorted(group.features & can.lacks)
 
 
-def _length_reasons(facts: ModelFacts, group: Group, bound: float) -> dict[str, int]:
-    reasons: dict[str, int] = {}
-    if facts.context_window:
-        reasons["context"] = group.too_long(facts.context_window.value, bound)
-    if facts.output_limit:
-        reasons["output"] = group.too_verbose(facts.output_limit.value, bound)
-    return reasons
-
-
-def _broken_by_length(facts: ModelFacts, group: Group, bound: float) -> int:
-    reasons = [n for n in _length_reasons(facts, group, bound).values() if n]
-    if len(reasons) < 2:
-        return sum(reasons)
-    assert facts.context_window is not None
-    assert facts.output_limit is not None
-    return group.too_either(facts.context_window.value, facts.output_limit.value, bound)
+def _unknown(can: _Can, group: Group) -> list[str]:
+    unknown = sorted(group.modalities - {"text"}) if can.inputs is None else []
+    unknown += sorted(group.features - TAKEN_FOR_GRANTED - can.lacks - can.has)
+    return unknown if can.context_known else [*unknown, "context"]
 
 
 def _per(usd: float | None, count: float) -> float | None:
@@ -511,7 +523,7 @@ def _lock_in(catalog: Catalog, load: Workload) -> tuple[float, tuple[str, ...]]:
         wanted = group.features & spoken
         able = {v for v, features, inputs in offers if wanted <= features and group.modalities <= inputs}
         if len(able) == 1:
-            locked += len(group.calls)
+            locked += len(group)
             needs |= dict.fromkeys(sorted(wanted | (group.modalities - {"text"})))
     return (locked / len(load) if len(load) else 0.0), tuple(needs)
 

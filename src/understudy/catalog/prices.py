@@ -11,13 +11,14 @@ import datetime as dt
 import re
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
+from operator import mul
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
-from understudy.catalog.facts import OVERLAY, Catalog, Hosting, ListPrice, ModelFacts
+from understudy.catalog.facts import OVERLAY, Catalog, Details, Hosting, ListPrice, ModelFacts
 from understudy.protocol import Cost, Usage
 
 if TYPE_CHECKING:
@@ -33,10 +34,38 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     input: float
     output: float
     cached: float
+    cached_audio: float
     cache_write: float
+    cache_write_1h: float
     input_audio: float
     output_audio: float
     reasoning: float
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """The prices in the order of `Sums`."""
+        return (
+            self.input,
+            self.cached,
+            self.cached_audio,
+            self.cache_write,
+            self.cache_write_1h,
+            self.input_audio,
+            self.output,
+            self.reasoning,
+            self.output_audio,
+        )
+
+    @property
+    def uncached(self) -> Tier:
+        """The same prices where nothing is read from or written to a cache."""
+        return msgspec.structs.replace(
+            self,
+            cached=self.input,
+            cached_audio=self.input_audio,
+            cache_write=self.input,
+            cache_write_1h=self.input,
+        )
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +85,10 @@ class Sums(NamedTuple):
 
     plain: int
     cached: int
+    cached_audio: int
     cache_write: int
+    """Kept for minutes."""
+    cache_write_1h: int
     heard: int
     said: int
     thought: int
@@ -64,30 +96,33 @@ class Sums(NamedTuple):
 
 
 def sums_of(usage: Usage) -> Sums:
-    """The tokens of one call by price: details are taken out of the count that includes them."""
-    heard = usage.audio_tokens - usage.output_audio_tokens
+    """The tokens of one call by price: details are taken out of the count that includes them.
+
+    Where a vendor does not say how many cached tokens are sound, as few are taken for it as fit into the
+    prompt: sound costs more, and a cache makes it cheaper.
+    """
+    prompt, cached, written = usage.prompt_tokens, usage.cached_tokens, usage.cache_write_tokens
+    sound = usage.audio_tokens - usage.output_audio_tokens
+    both = 0
+    if sound and cached:
+        both = min(max(usage.cached_audio_tokens, cached + written + sound - prompt, 0), cached, sound)
+    hour = min(usage.cache_write_1h_tokens, written) if written else 0
     return Sums(
-        plain=max(0, usage.prompt_tokens - usage.cached_tokens - usage.cache_write_tokens - heard),
-        cached=usage.cached_tokens,
-        cache_write=usage.cache_write_tokens,
-        heard=heard,
-        said=max(0, usage.completion_tokens - usage.output_audio_tokens - usage.reasoning_tokens),
-        thought=usage.reasoning_tokens,
-        spoken=usage.output_audio_tokens,
+        max(0, prompt - cached - written - sound + both),
+        cached - both,
+        both,
+        written - hour,
+        hour,
+        sound - both,
+        max(0, usage.completion_tokens - usage.output_audio_tokens - usage.reasoning_tokens),
+        usage.reasoning_tokens,
+        usage.output_audio_tokens,
     )
 
 
 def tier_usd(tokens: Sums, tier: Tier) -> float:
     """USD for tokens that are all charged in one tier."""
-    return (
-        tokens.plain * tier.input
-        + tokens.cached * tier.cached
-        + tokens.cache_write * tier.cache_write
-        + tokens.heard * tier.input_audio
-        + tokens.said * tier.output
-        + tokens.thought * tier.reasoning
-        + tokens.spoken * tier.output_audio
-    ) / 1e6
+    return sum(map(mul, tokens, tier.row)) / 1e6
 
 
 def charge(rates: Rates, usage: Usage) -> float:
@@ -122,16 +157,17 @@ def rates_at(
     """The price of ``model`` at a moment, from the first of: overlay, genai-prices, snapshot."""
     facts = catalog.find(model)
     day = dt.datetime.fromtimestamp(at, dt.UTC)
-    own = facts and _overlay_rates(facts, day.date())
+    batch = (context or {}).get("processing") == "batch"
+    own = facts and _overlay_rates(facts, day.date(), batch)
     if own:
         return own
     asked = (at - at % 3600, tuple(sorted((context or {}).items())))
     # the id as asked for first: a dated id may have a price of its own, and a reseller has its own
     vendor = _vendor_rates(model, *asked) or (_vendor_rates(facts.id, *asked) if facts else None)
     special = any(value != "default" for value in (context or {}).values())
-    if vendor or facts is None or facts.prices is None or special:
+    if vendor or facts is None or facts.prices is None or (special and not batch):
         return vendor
-    return _listed(facts.prices.value, day.date(), f"{facts.prices.source}, read {facts.prices.read}")
+    return _listed(facts.prices.value, day.date(), f"{facts.prices.source}, read {facts.prices.read}", batch)
 
 
 class Billable(Protocol):
@@ -220,7 +256,7 @@ def _snapshot() -> list[Provider]:
     return get_snapshot().providers
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16_384)
 def _vendor_rates(name: str, at: float, context: tuple[tuple[str, str], ...]) -> Rates | None:
     """genai-prices' price of VENDOR/MODEL; hours are fine enough for prices that differ by time of day."""
     vendor, _, model = name.partition("/")
@@ -233,13 +269,17 @@ def _vendor_rates(name: str, at: float, context: tuple[tuple[str, str], ...]) ->
     price = info.get_prices(moment, dict(context))
     if price.input_mtok is None or price.output_mtok is None:
         return None  # sold by the hour, the page or the character
-    source = f"genai-prices {version('genai-prices')}"
     return Rates(
         tiers=_tiers(price),
         per_call=_base(price.requests_kcount) / 1000,
         start=_start(info, moment),
-        source=source,
+        source=_genai_prices(),
     )
+
+
+@cache
+def _genai_prices() -> str:
+    return f"genai-prices {version('genai-prices')}"
 
 
 def _tiers(price: ModelPrice) -> tuple[Tier, ...]:
@@ -247,7 +287,9 @@ def _tiers(price: ModelPrice) -> tuple[Tier, ...]:
         price.input_mtok,
         price.output_mtok,
         price.cache_read_mtok,
+        price.cache_audio_read_mtok,
         price.cache_write_mtok,
+        price.cache_write_1h_mtok,
         price.input_audio_mtok,
         price.output_audio_mtok,
         price.output_reasoning_mtok,
@@ -257,21 +299,47 @@ def _tiers(price: ModelPrice) -> tuple[Tier, ...]:
 
 
 def _tier(price: ModelPrice, above: int) -> Tier:
-    entry, answer = _base(price.input_mtok, above), _base(price.output_mtok, above)
+    def told(special: Decimal | TieredPrices | None) -> float | None:
+        return None if special is None else _base(special, above)
 
-    def or_else(special: Decimal | TieredPrices | None, usual: float) -> float:
-        return usual if special is None else _base(special, above)
+    return _filled(
+        above,
+        _base(price.input_mtok, above),
+        _base(price.output_mtok, above),
+        Details(
+            cached=told(price.cache_read_mtok),
+            cached_audio=told(price.cache_audio_read_mtok),
+            cache_write=told(price.cache_write_mtok),
+            cache_write_1h=told(price.cache_write_1h_mtok),
+            input_audio=told(price.input_audio_mtok),
+            output_audio=told(price.output_audio_mtok),
+            reasoning=told(price.output_reasoning_mtok),
+        ),
+    )
 
+
+def _filled(above: int, entry: float, answer: float, told: Details) -> Tier:
+    """A tier in which nothing is left open: what has no price of its own has that of its kind."""
+    cached = _or(told.cached, entry)
+    written = _or(told.cache_write, entry)
+    sound = _or(told.input_audio, entry)
     return Tier(
         above=above,
         input=entry,
         output=answer,
-        cached=or_else(price.cache_read_mtok, entry),
-        cache_write=or_else(price.cache_write_mtok, entry),
-        input_audio=or_else(price.input_audio_mtok, entry),
-        output_audio=or_else(price.output_audio_mtok, answer),
-        reasoning=or_else(price.output_reasoning_mtok, answer),
+        cached=cached,
+        # sound of which no cached price is told: nobody says that a cache makes it cheaper
+        cached_audio=_or(told.cached_audio, cached if told.input_audio is None else sound),
+        cache_write=written,
+        cache_write_1h=_or(told.cache_write_1h, written),
+        input_audio=sound,
+        output_audio=_or(told.output_audio, answer),
+        reasoning=_or(told.reasoning, answer),
     )
+
+
+def _or(special: float | None, usual: float) -> float:
+    return usual if special is None else special
 
 
 def _base(price: Decimal | TieredPrices | None, above: int = 0) -> float:
@@ -302,9 +370,11 @@ def _priced_by_overlay(catalog: Catalog, target: str) -> bool:
     return facts is not None and _overlay_rates(facts, dt.date.max) is not None
 
 
-def _overlay_rates(facts: ModelFacts, day: dt.date) -> Rates | None:
+def _overlay_rates(facts: ModelFacts, day: dt.date, batch: bool = False) -> Rates | None:
     if facts.prices and facts.prices.source.startswith(OVERLAY):
-        return _listed(facts.prices.value, day, facts.prices.source)
+        return _listed(facts.prices.value, day, facts.prices.source, batch) or (
+            _listed(facts.prices.value, day, facts.prices.source) if batch else None
+        )
     if facts.hosting:
         return hosting_rates(facts.hosting.value, facts.hosting.source)
     return None
@@ -316,26 +386,22 @@ def hosting_rates(hosting: Hosting, source: str) -> Rates:
     The time spent on prompts is inside the measured tokens per second, so prompt tokens cost nothing apart.
     """
     output = hosting.usd_per_hour / 3600 / hosting.tokens_per_s * 1e6
-    return Rates(tiers=(_flat(ListPrice(input=0.0, output=output)),), source=source)
+    return Rates(tiers=(_filled(0, 0.0, output, Details()),), source=source)
 
 
-def _listed(prices: Iterable[ListPrice], day: dt.date, source: str) -> Rates | None:
-    """The last price that has begun; before the first, none."""
+def _listed(prices: Iterable[ListPrice], day: dt.date, source: str, batch: bool = False) -> Rates | None:
+    """The last price that has begun; before the first, none. ``batch``: its price by batch, if it has one."""
     begun = [p for p in prices if p.start is None or p.start <= day]
     if not begun:
         return None
     price = max(begun, key=lambda p: p.start or dt.date.min)
+    if batch and not price.batch:
+        return None
     start = price.start.isoformat() if price.start else ""
-    return Rates(tiers=(_flat(price),), start=start, source=source)
-
-
-def _flat(price: ListPrice) -> Tier:
-    return Tier(
-        input=price.input,
-        output=price.output,
-        cached=price.input if price.cached is None else price.cached,
-        cache_write=price.input if price.cache_write is None else price.cache_write,
-        input_audio=price.input,
-        output_audio=price.output,
-        reasoning=price.output,
-    )
+    if batch and price.batch:
+        tiers = (_filled(0, price.batch.input, price.batch.output, price.batch),)
+    else:
+        first = _filled(0, price.input, price.output, price)
+        longer = sorted(price.tiers, key=lambda t: t.above)
+        tiers = (first, *(_filled(t.above, t.input, t.output, t) for t in longer))
+    return Rates(tiers=tiers, start=start, source=source)

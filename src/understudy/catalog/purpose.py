@@ -32,6 +32,7 @@ _TRADES: tuple[tuple[str, str], ...] = (
 )
 """Trade, and the words of an id that tell it; the first that matches holds."""
 _WORDS = tuple((trade, re.compile(rf"(?:^|[-./_ @])(?:{words})(?=$|[-./_ @\d])")) for trade, words in _TRADES)
+_ANY = re.compile("|".join(words.pattern for _, words in _WORDS))
 
 
 def purpose_of(facts: ModelFacts) -> str:
@@ -39,11 +40,13 @@ def purpose_of(facts: ModelFacts) -> str:
     if facts.purpose:
         return facts.purpose.value
     name = facts.model.lower()
-    return next((trade for trade, words in _WORDS if words.search(name)), CHAT)
+    if not _ANY.search(name):  # of most models one look tells
+        return CHAT
+    return next(trade for trade, words in _WORDS if words.search(name))
 
 
-def unsuited(facts: ModelFacts, group: Group) -> Iterator[str]:
-    """The reason why calls of this kind are none of the model's business; nothing where they are."""
-    purpose = purpose_of(facts)
+def unsuited(purpose: str, group: Group) -> Iterator[str]:
+    """The reason why calls of this kind are none of the business of a model made for ``purpose``; nothing
+    where they are."""
     if purpose not in (CHAT, *({"voice"} if "audio" in group.modalities else ())):
         yield f"made for {purpose}"

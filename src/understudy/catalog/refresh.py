@@ -79,6 +79,19 @@ _FEATURES = {
     "supports_reasoning": "reasoning",
     "input_cost_per_token_batches": "batch",
 }
+_DENIALS = {**_FEATURES, "supports_sampling_params": "temperature"}
+_PRICES = {
+    "input": "input_cost_per_token",
+    "output": "output_cost_per_token",
+    "cached": "cache_read_input_token_cost",
+    "cached_audio": "cache_read_input_audio_token_cost",
+    "cache_write": "cache_creation_input_token_cost",
+    "cache_write_1h": "cache_creation_input_token_cost_above_1hr",
+    "input_audio": "input_cost_per_audio_token",
+    "output_audio": "output_cost_per_audio_token",
+    "reasoning": "output_cost_per_reasoning_token",
+}
+"""Our name of a price to LiteLLM's."""
 
 
 class Source(NamedTuple):
@@ -113,13 +126,23 @@ def _litellm(sources: Path, models: dict[str, dict[str, Claims]], today: dt.date
     table, release = _from_wheel(sources, "litellm-*.whl", "model_prices_and_context_window_backup.json")
     for key, row in table.items():
         vendor = _LITELLM.get(row.get("litellm_provider", ""))
-        if vendor is None or key.startswith("ft:") or not _writes_text(row):
+        if vendor is None or not _writes_text(row):
             continue
         model = key.rpartition("/")[2] if vendor != "groq" else key.partition("/")[2]
         claims = models.setdefault(vendor, {}).setdefault(model, {})
         for field, value in _litellm_facts(row):
             claims.setdefault(field, {})["litellm"] = value
+    for known in models.values():
+        _note_tuning(known)
     return Source("litellm", f"LiteLLM {release}, model_prices_and_context_window", "MIT", str(today))
+
+
+def _note_tuning(models: dict[str, Claims]) -> None:
+    """A price for ``ft:MODEL`` says that MODEL can be fine-tuned."""
+    for name in [n for n in models if n.startswith("ft:")]:
+        features = models.get(name.removeprefix("ft:"), {}).get("features", {})
+        if "litellm" in features:
+            features["litellm"] = sorted({*features["litellm"], "fine_tuning"})
 
 
 def _writes_text(row: Mapping[str, Any]) -> bool:
@@ -134,19 +157,47 @@ def _litellm_facts(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     if isinstance(row.get("max_output_tokens"), int):
         yield "output_limit", row["max_output_tokens"]
     yield "inputs", _inputs(row)
+    if "supported_output_modalities" in row or row.get("supports_audio_output"):
+        told = {
+            *row.get("supported_output_modalities", ()),
+            *(("audio",) * row.get("supports_audio_output", 0)),
+        }
+        yield "outputs", ["text", *sorted(told & {"image", "audio"})]
     yield "features", sorted(word for name, word in _FEATURES.items() if row.get(name))
-    denied = sorted(word for name, word in _FEATURES.items() if row.get(name) is False)
+    denied = sorted(word for name, word in _DENIALS.items() if row.get(name) is False)
     if denied:
         yield "lacks", denied
     if row.get("supported_regions"):
         yield "regions", sorted(row["supported_regions"])
     # zero is written for free tiers and for prices not known: neither is a price
     if row.get("input_cost_per_token") and row.get("output_cost_per_token"):
-        names = {"input": "input_cost_per_token", "output": "output_cost_per_token"}
-        names["cached"] = "cache_read_input_token_cost"
-        yield "prices", [{n: round(row[k] * 1e6, 6) for n, k in names.items() if row.get(k) is not None}]
+        yield "prices", [_litellm_price(row)]
     if re.fullmatch(r"\d{4}-\d\d-\d\d", str(row.get("deprecation_date"))):
         yield "retires", row["deprecation_date"]
+    if row.get("successor_model"):
+        yield "successor", str(row["successor_model"]).rpartition("/")[2]
+
+
+def _litellm_price(row: Mapping[str, Any]) -> dict[str, Any]:
+    price: dict[str, Any] = _amounts(row, "")
+    bounds = {
+        int(m[1]) for name in row if (m := re.fullmatch(r"input_cost_per_token_above_(\d+)k_tokens", name))
+    }
+    tiers = [{"above": 1000 * k, **_amounts(row, f"_above_{k}k_tokens")} for k in sorted(bounds)]
+    if tiers := [t for t in tiers if t.keys() >= {"input", "output"}]:
+        price["tiers"] = tiers
+    if (batch := _amounts(row, "_batches")).keys() >= {"input", "output"}:
+        price["batch"] = batch
+    return price
+
+
+def _amounts(row: Mapping[str, Any], suffix: str) -> dict[str, float]:
+    """USD per million tokens, from LiteLLM's USD per token."""
+    return {
+        ours: round(row[theirs + suffix] * 1e6, 6)
+        for ours, theirs in _PRICES.items()
+        if isinstance(row.get(theirs + suffix), (int, float))
+    }
 
 
 def _inputs(row: Mapping[str, Any]) -> list[str]:
@@ -239,6 +290,8 @@ def _profile_facts(profile: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "output_limit", profile["max_output_tokens"]
     told = {"image": "image_inputs", "audio": "audio_inputs", "file": "pdf_inputs"}
     yield "inputs", ["text", *sorted(word for word, name in told.items() if profile.get(name))]
+    spoken = {"image": "image_outputs", "audio": "audio_outputs"}
+    yield "outputs", ["text", *sorted(word for word, name in spoken.items() if profile.get(name))]
     words = {"tools": "tool_calling", "json_schema": "structured_output", "reasoning": "reasoning_output"}
     yield "features", sorted(word for word, name in words.items() if profile.get(name))
     # temperature: whether sampling can be tuned at all
@@ -305,15 +358,17 @@ def _keep_earlier_prices(models: dict[str, Claims], written: Path, today: dt.dat
     before = yaml.safe_load(written.read_bytes())["models"]
     for model, claims in models.items():
         for source, listed in claims.get("prices", {}).items():
-            earlier = before.get(model, {}).get("prices", {}).get(source)
-            if earlier and not _same_price(earlier[-1], listed[-1]):
-                claims["prices"][source] = [*_dated(earlier), {**listed[-1], "start": str(today)}]
-            elif earlier:
-                claims["prices"][source] = _dated(earlier)
+            if earlier := before.get(model, {}).get("prices", {}).get(source):
+                claims["prices"][source] = _continued(_dated(earlier), listed[-1], today)
 
 
-def _same_price(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return {k: v for k, v in one.items() if k != "start"} == {k: v for k, v in other.items() if k != "start"}
+def _continued(earlier: list[dict[str, Any]], now: dict[str, Any], today: dt.date) -> list[dict[str, Any]]:
+    """The prices so far and the one of today; one that is only told in more detail has not moved."""
+    last = {k: v for k, v in earlier[-1].items() if k != "start"}
+    if last.items() <= now.items():
+        start = {"start": earlier[-1]["start"]} if "start" in earlier[-1] else {}
+        return [*earlier[:-1], {**now, **start}]
+    return [*earlier, {**now, "start": str(today)}]
 
 
 def _dated(prices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

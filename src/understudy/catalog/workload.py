@@ -1,7 +1,7 @@
 """Recorded calls as planning weighs them: sorted and summed once, then asked by every model.
 
-Five thousand models over a hundred thousand calls would be half a billion looks at single calls; sums and
-bisection make it a few per model. It ignores texts, and everything about models.
+Five thousand models over a hundred thousand calls would be half a billion looks at single calls; sums of
+products and bisection make it a few per model. It ignores texts, and everything about models.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from itertools import accumulate
-from math import sqrt
-from statistics import stdev
+from itertools import pairwise
+from math import fsum, sqrt
+from operator import mul
+from typing import NamedTuple
 
 import msgspec
 
-from understudy.catalog.prices import Rates, Sums, sums_of, tier_usd
+from understudy.catalog.prices import Rates, Sums, sums_of
 from understudy.protocol import CallShape, Modality
 
 MONTH_S = 86_400 * 30.44
 """A twelfth of a year, in seconds."""
 Z90 = 1.2816
 """90th percentile of the standard normal distribution."""
+LEAST_BLOCKS = 5
+"""Blocks of time below which their spread says nothing."""
 
 
 class Group:
@@ -30,57 +33,86 @@ class Group:
     def __init__(self, modalities: frozenset[Modality], features: frozenset[str], calls: Sequence[CallShape]):
         self.modalities = modalities
         self.features = features
-        self.calls = sorted(calls, key=lambda c: c.usage.total_tokens)
-        self._needs = [c.usage.total_tokens for c in self.calls]
+        self._sizes = sorted(
+            (c.usage.prompt_tokens + c.usage.completion_tokens, c.usage.completion_tokens, c.max_tokens)
+            for c in calls
+        )
+        self._needs = [total for total, _, _ in self._sizes]
         self._answers: dict[float, list[float]] = {}
-        self._broken: dict[tuple[float, float, float], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._sizes)
 
     def too_long(self, context: float, bound: float) -> int:
         """Calls whose prompt and answer, ``bound`` times as many tokens as recorded, exceed ``context``."""
-        return len(self.calls) - bisect_right(self._needs, context / bound)
+        return len(self) - bisect_right(self._needs, context / bound)
 
     def too_verbose(self, limit: float, bound: float) -> int:
         """Calls whose answer, or the limit they ask for, exceeds what a model writes at most."""
         if bound not in self._answers:
-            self._answers[bound] = sorted(_answer_need(c, bound) for c in self.calls)
-        return len(self.calls) - bisect_right(self._answers[bound], limit)
+            self._answers[bound] = sorted(_answer_need(size, bound) for size in self._sizes)
+        return len(self) - bisect_right(self._answers[bound], limit)
 
     def too_either(self, context: float, limit: float, bound: float) -> int:
         """Calls that break for at least one of the two reasons, each counted once."""
-        asked = (context, limit, bound)
-        if asked not in self._broken:
-            long = self.calls[bisect_right(self._needs, context / bound) :]
-            both = sum(_answer_need(c, bound) > limit for c in long)
-            self._broken[asked] = len(long) + self.too_verbose(limit, bound) - both
-        return self._broken[asked]
+        long = self._sizes[bisect_right(self._needs, context / bound) :]
+        both = sum(_answer_need(size, bound) > limit for size in long)
+        return len(long) + self.too_verbose(limit, bound) - both
+
+
+class Broken(NamedTuple):
+    """Calls of a group that are too long for a model."""
+
+    calls: int
+    """Each counted once."""
+    reasons: dict[str, int]
+    """context and output to the calls that break for it."""
+
+
+def _broken(group: Group, context: int, limit: int, bound: float) -> Broken:
+    reasons: dict[str, int] = {}
+    if context:
+        reasons["context"] = group.too_long(context, bound)
+    if limit:
+        reasons["output"] = group.too_verbose(limit, bound)
+    both = all(reasons.values()) and len(reasons) == 2
+    return Broken(group.too_either(context, limit, bound) if both else sum(reasons.values()), reasons)
 
 
 class Ledger:
-    """Some calls in order of their prompts' length, with running sums: what they cost at a price is a few
-    multiplications for each of its tiers."""
+    """Some calls, in order of their prompts' length, as columns of tokens by price.
 
-    def __init__(self, entries: Sequence[tuple[int, Sums]]) -> None:
-        self._prompts = [prompt for prompt, _ in entries]
-        self._running = list(accumulate((sums for _, sums in entries), _plus, initial=Sums(*[0] * 7)))
+    What they cost at a price is one sum of products: `quantities` are kept for each set of tiers asked for.
+    """
+
+    def __init__(self, prompts: Sequence[int], columns: Sequence[Sequence[int]]) -> None:
+        self._prompts = prompts
+        self._columns = columns
+        self._quantities: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def part(self, places: Sequence[int]) -> Ledger:
+        """The calls at these places, which rise."""
+        columns = [list(map(column.__getitem__, places)) if column else column for column in self._columns]
+        return Ledger(list(map(self._prompts.__getitem__, places)), columns)
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     @property
     def tokens(self) -> int:
-        return sum(self._running[-1])
+        return sum(self.quantities(())[:-1])
+
+    def quantities(self, bounds: tuple[int, ...]) -> tuple[int, ...]:
+        """Tokens by price (`Sums`) in each tier, the first below ``bounds[0]``; the number of calls last."""
+        if bounds not in self._quantities:
+            edges = [0, *(bisect_right(self._prompts, bound) for bound in bounds), len(self)]
+            summed = [sum(column[a:b]) for a, b in pairwise(edges) for column in self._columns]
+            self._quantities[bounds] = (*summed, len(self))
+        return self._quantities[bounds]
 
     def usd(self, rates: Rates) -> float:
         """What all calls together cost: the sum of `prices.charge` over them."""
-        bounds = [bisect_right(self._prompts, tier.above) for tier in rates.tiers[1:]]
-        ends = [*bounds, len(self._prompts)]
-        total = rates.per_call * len(self._prompts)
-        start = 0
-        for tier, end in zip(rates.tiers, ends, strict=True):
-            if end > start:
-                total += tier_usd(_minus(self._running[end], self._running[start]), tier)
-            start = end
-        return total
+        return sum(map(mul, self.quantities(_bounds(rates)), _row(rates)))
 
 
 class Workload:
@@ -88,9 +120,9 @@ class Workload:
 
     def __init__(self, shapes: Iterable[CallShape], now: float) -> None:
         self.calls = sorted(shapes, key=lambda c: c.usage.prompt_tokens)
-        self._entries = [(c.usage.prompt_tokens, sums_of(c.usage)) for c in self.calls]
-        self._all = Ledger(self._entries)
+        self._all = Ledger([c.usage.prompt_tokens for c in self.calls], _columns(self.calls))
         self.groups = _groups(self.calls)
+        self._lengths: dict[tuple[int, int, float], list[Broken]] = {}
         self._first = min((c.at for c in self.calls), default=now)
         self.window_s = max(now - self._first, 86_400.0)
         """At least a day: a burst of a minute says nothing of a month."""
@@ -123,8 +155,7 @@ class Workload:
 
     def usd_uncached(self, rates: Rates) -> float:
         """The same if nothing had been read from or written to a cache."""
-        tiers = tuple(msgspec.structs.replace(t, cached=t.input, cache_write=t.input) for t in rates.tiers)
-        return self._all.usd(msgspec.structs.replace(rates, tiers=tiers))
+        return self.usd(msgspec.structs.replace(rates, tiers=tuple(t.uncached for t in rates.tiers)))
 
     def usd_batched(self, rates: Rates, batch: Rates) -> float:
         """The same if the calls that do not stream (nobody watches their answers grow) went by batch."""
@@ -142,39 +173,42 @@ class Workload:
         independent, so its spread is that of the blocks times the root of their number (normal
         approximation). None below five blocks: too few to know how days differ.
         """
-        if len(self._blocks) < 5:
+        if len(self._blocks) < LEAST_BLOCKS:
             return None
-        costs = [block.usd(rates) for block in self._blocks]
-        blocks = len(costs) / self.months
-        middle, spread = sum(costs) / len(costs) * blocks, stdev(costs) * sqrt(blocks)
+        bounds, row = _bounds(rates), _row(rates)
+        costs = [sum(map(mul, block.quantities(bounds), row)) for block in self._blocks]
+        blocks, mean = len(costs) / self.months, fsum(costs) / len(costs)
+        deviation = sqrt(fsum((cost - mean) ** 2 for cost in costs) / (len(costs) - 1))
+        middle, spread = mean * blocks, deviation * sqrt(blocks)
         return max(0.0, middle - Z90 * spread), middle + Z90 * spread
 
     @cached_property
     def _blocks(self) -> list[Ledger]:
         """The calls by block of time, empty ones included."""
         count = min(20, int(self.window_s // 86_400))
-        if count < 5:
+        if count < LEAST_BLOCKS:
             return []
-        length = self.window_s / count
-        parted: list[list[tuple[int, Sums]]] = [[] for _ in range(count)]
-        for call, entry in zip(self.calls, self._entries, strict=True):
-            parted[min(count - 1, max(0, int((call.at - self._first) // length)))].append(entry)
-        return [Ledger(part) for part in parted]
+        length, first = self.window_s / count, self._first
+        parted: list[list[int]] = [[] for _ in range(count)]
+        for place, call in enumerate(self.calls):
+            # the last moment, and what a clock that ran ahead dates after it, belong to the last block
+            parted[min(int((call.at - first) / length), count - 1)].append(place)
+        return [self._all.part(places) for places in parted]
 
     @cached_property
     def _patient(self) -> Ledger:
-        waiting = (e for c, e in zip(self.calls, self._entries, strict=True) if "stream" not in c.features)
-        return Ledger(list(waiting))
+        return self._all.part([n for n, call in enumerate(self.calls) if "stream" not in call.features])
 
     @cached_property
     def _minutes(self) -> list[tuple[int, int]]:
         """Tokens and calls of each minute, the busiest first."""
-        minutes: dict[int, list[int]] = {}
+        tokens: dict[int, int] = {}
+        calls: dict[int, int] = {}
         for call in self.calls:
-            sums = minutes.setdefault(int(call.at // 60), [0, 0])
-            sums[0] += call.usage.total_tokens
-            sums[1] += 1
-        return sorted(((tokens, calls) for tokens, calls in minutes.values()), reverse=True)
+            minute = int(call.at // 60)
+            tokens[minute] = tokens.get(minute, 0) + call.usage.total_tokens
+            calls[minute] = calls.get(minute, 0) + 1
+        return sorted(zip(tokens.values(), calls.values(), strict=True), reverse=True)
 
     @property
     def peak_tokens_per_minute(self) -> int:
@@ -183,6 +217,13 @@ class Workload:
     def too_fast(self, tokens_per_minute: float) -> int:
         """Calls in minutes that hold more tokens than a vendor allows."""
         return sum(calls for tokens, calls in self._minutes if tokens > tokens_per_minute)
+
+    def lengths(self, context: int, limit: int, bound: float) -> list[Broken]:
+        """What of each group is too long for a model; 0 stands for a limit that nobody tells."""
+        asked = (context, limit, bound)
+        if asked not in self._lengths:
+            self._lengths[asked] = [_broken(group, *asked) for group in self.groups]
+        return self._lengths[asked]
 
     def needing(self, feature: str) -> int:
         """Calls that use a feature; ``max_tokens`` stands for a limit, ``any`` for all."""
@@ -195,7 +236,7 @@ class Workload:
         uses = {"max_tokens": sum(bool(c.max_tokens) for c in self.calls)}
         for group in self.groups:
             for feature in group.features:
-                uses[feature] = uses.get(feature, 0) + len(group.calls)
+                uses[feature] = uses.get(feature, 0) + len(group)
         return uses
 
     @cached_property
@@ -203,18 +244,25 @@ class Workload:
         return sum(c.usage.completion_tokens for c in self.calls)
 
 
-def _plus(a: Sums, b: Sums) -> Sums:
-    # written out: this runs once for each recorded call
-    return Sums(a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6])
+def _columns(calls: Sequence[CallShape]) -> list[Sequence[int]]:
+    """Tokens of each call by price, in the order of `Sums`; an empty column where all are zero."""
+    rows = [sums_of(call.usage) for call in calls]
+    return [column if any(column) else () for column in zip(*rows, strict=True)] or [()] * len(Sums._fields)
 
 
-def _minus(a: Sums, b: Sums) -> Sums:
-    return Sums(a[0] - b[0], a[1] - b[1], a[2] - b[2], a[3] - b[3], a[4] - b[4], a[5] - b[5], a[6] - b[6])
+def _bounds(rates: Rates) -> tuple[int, ...]:
+    return tuple(tier.above for tier in rates.tiers[1:])
 
 
-def _answer_need(call: CallShape, bound: float) -> float:
+def _row(rates: Rates) -> list[float]:
+    """USD for one of each of `Ledger.quantities`."""
+    return [usd / 1e6 for tier in rates.tiers for usd in tier.row] + [rates.per_call]
+
+
+def _answer_need(size: tuple[int, int, int], bound: float) -> float:
     # what was written may take more tokens elsewhere; the limit asked for is sent as it is
-    return max(call.usage.completion_tokens * bound, call.max_tokens)
+    answer = size[1] * bound
+    return answer if answer > size[2] else size[2]
 
 
 def _groups(calls: Iterable[CallShape]) -> list[Group]:

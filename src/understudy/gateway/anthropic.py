@@ -246,11 +246,17 @@ def usage_of(usage: Json) -> Json:
     cached, written = (int(usage.get(f"cache_{n}_input_tokens") or 0) for n in ("read", "creation"))
     prompt = int(usage.get("input_tokens") or 0) + cached + written
     completion = int(usage.get("output_tokens") or 0)
+    details: Json = {"cached_tokens": cached}
+    if written:  # dearer than other prompt tokens, and the dearer the longer they are kept
+        details |= {"cache_write_tokens": written}
+        details |= (
+            {"cache_creation_token_details": usage["cache_creation"]} if "cache_creation" in usage else {}
+        )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": details,
     }
 
 

@@ -275,10 +275,11 @@ def _langfuse(said: Json, requests: Mapping[str, Json]) -> Told:
 
 def _langfuse_usage(usage: Json) -> Json:
     read = int(usage.get("input_cached_tokens") or usage.get("cache_read_input_tokens") or 0)
+    written = int(usage.get("input_cache_creation") or usage.get("cache_creation_input_tokens") or 0)
     return {
-        "prompt_tokens": int(usage.get("input") or usage.get("promptTokens") or 0) + read,
+        "prompt_tokens": int(usage.get("input") or usage.get("promptTokens") or 0) + read + written,
         "completion_tokens": int(usage.get("output") or usage.get("completionTokens") or 0),
-        "prompt_tokens_details": {"cached_tokens": read},
+        "prompt_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
     }
 
 

@@ -308,6 +308,15 @@ M018_ADD_DEADLINES = Migration(
     ),
 )
 
+M019_ADD_CACHE_DETAILS = Migration(
+    "m019_add_cache_details",
+    (
+        # sound out of a cache and writes that are kept for an hour have prices of their own
+        "ALTER TABLE calls ADD COLUMN cached_audio_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE calls ADD COLUMN cache_write_1h_tokens INTEGER NOT NULL DEFAULT 0",
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -328,6 +337,7 @@ HISTORY = (
     M016_ADD_PLAIN,
     M017_ADD_CANDIDATES,
     M018_ADD_DEADLINES,
+    M019_ADD_CACHE_DETAILS,
 )
 
 

@@ -30,7 +30,7 @@ LARGEST = 2**53
 
 USAGE_COLUMNS = (
     "prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, audio_tokens, output_audio_tokens, "
-    "cache_write_tokens"
+    "cache_write_tokens, cached_audio_tokens, cache_write_1h_tokens"
 )
 CALL_COLUMNS = (
     f"key, at, alias, target, answered_by, route, status, stream, usage_estimated, ttft_s, total_s, "
@@ -88,7 +88,7 @@ def shape_of(call: Call) -> Shape:
 def call_row(call: Call, cost: Cost | None, shape: Shape, place: Place) -> tuple[Any, ...]:
     """Values in the order of `CALL_COLUMNS`."""
     usage = call.usage
-    counts = (None,) * 5 + (0, 0) if usage is None else _counts(usage)
+    counts = (None,) * 5 + (0,) * 4 if usage is None else _counts(usage)
     return (
         call.key,
         call.at,
@@ -169,15 +169,15 @@ def stored_call(row: Sequence[Any], attempts: list[Attempt], bodies: Bodies) -> 
         task_id=row[12],
         tags=msgspec.json.decode(row[13], type=dict[str, str]) if row[13] else {},
         caller=row[14],
-        usage=usage_of_row(row[18:25]),
+        usage=usage_of_row(row[18:27]),
         attempts=attempts,
         request=bodies.request,
         response=bodies.response,
     )
-    if row[32]:
+    if row[34]:
         call = msgspec.structs.replace(call, attempts=[_plain_attempt(call)])
     cost = None if row[15] is None else Cost(row[15], row[16], row[17])
-    return StoredCall(call, cost, _shape(row[25:29]))
+    return StoredCall(call, cost, _shape(row[27:31]))
 
 
 def call_shape(row: Sequence[Any], completed: bool | None) -> CallShape:
@@ -205,12 +205,14 @@ def usage_of_row(counts: Sequence[int | None]) -> Usage | None:
         audio_tokens=counts[4] or 0,
         output_audio_tokens=counts[5] or 0,
         cache_write_tokens=counts[6] or 0,
+        cached_audio_tokens=counts[7] or 0,
+        cache_write_1h_tokens=counts[8] or 0,
     )
 
 
 def place_of_row(row: Sequence[Any]) -> Place:
     """Where the bodies of a row of `CALL_COLUMNS` lie."""
-    return Place(row[29], row[30], row[31])
+    return Place(row[31], row[32], row[33])
 
 
 @lru_cache(maxsize=1024)
@@ -242,6 +244,8 @@ def _counts(usage: Usage) -> tuple[int, ...]:
             usage.audio_tokens,
             usage.output_audio_tokens,
             usage.cache_write_tokens,
+            usage.cached_audio_tokens,
+            usage.cache_write_1h_tokens,
         )
     )
 
