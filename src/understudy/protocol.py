@@ -22,8 +22,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Tokens of one call. Cached and cache-write tokens are part of ``prompt_tokens``, reasoning tokens of
     ``completion_tokens``, and ``output_audio_tokens`` of ``audio_tokens``: each can have its own price.
 
-    ``cached_audio_tokens`` are counted in ``cached_tokens`` and in ``audio_tokens``, ``cache_write_1h_tokens``
-    (kept for an hour, not for minutes) in ``cache_write_tokens``.
+    ``cached_audio_tokens`` are counted in ``cached_tokens`` and in ``audio_tokens``,
+    ``cache_write_1h_tokens`` (kept for an hour, not for minutes) in ``cache_write_tokens``.
     """
 
     prompt_tokens: int = 0

@@ -29,8 +29,8 @@ OVERLAY = "overlay"
 
 RULE = (
     "the overlay first; then the claim read last; then the more cautious one: the earlier date, the smaller "
-    "limit, the higher price; features are what any source says a model has, and it lacks what one denies and "
-    "none says it has"
+    "limit, the higher price; features are what any source says a model has, and what one denies and none "
+    "says it has is lacking"
 )
 """How one claim is believed where sources disagree."""
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
-from itertools import islice
+from itertools import accumulate, islice
 from operator import mul
 from weakref import WeakKeyDictionary
 
@@ -105,12 +105,14 @@ def forecast(catalog: Catalog, facts: ModelFacts, now: float) -> Forecast | None
     x = features(facts, releases_by_line(catalog), day)
     if x is None or (fit := _fit()) is None:
         return None
-    chances: list[Chance] = []
-    for chance in _chances(fit, x):
-        if chances and chance.probability < chances[-1].probability:  # two methods need not agree; time must
-            chance = msgspec.structs.replace(chances[-1], months=chance.months)
-        chances.append(chance)
-    return Forecast(facts.id, tuple(chances), fit.fitted)
+    return Forecast(facts.id, tuple(accumulate(_chances(fit, x), _no_less)), fit.fitted)
+
+
+def _no_less(sooner: Chance, later: Chance) -> Chance:
+    """Two methods need not agree on the order of two horizons; time does."""
+    if later.probability >= sooner.probability:
+        return later
+    return msgspec.structs.replace(sooner, months=later.months)
 
 
 def features(facts: ModelFacts, lines: Mapping[str, list[dt.date]], day: dt.date) -> list[float] | None:
