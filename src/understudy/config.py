@@ -181,6 +181,16 @@ class Own(Section, frozen=True, kw_only=True):
     """What to learn: the recorded answers, or in their place the right ones where feedback gave them."""
 
 
+class Metric(Section, frozen=True, kw_only=True):
+    """`[evaluate.metrics.NAME]`: something more that must hold for a PASS."""
+
+    grader: str
+    """form (not empty or cut off, JSON where it was asked for, tool calls that exist), or the name of a
+    grader for the items whose right answer is known."""
+    margin: float = 0.0
+    """Non-inferiority margin; 0: that of the evaluation."""
+
+
 class Evaluate(Section, frozen=True, kw_only=True):
     """`[evaluate]`: how a candidate is proven."""
 
@@ -211,9 +221,12 @@ class Evaluate(Section, frozen=True, kw_only=True):
     benchmark_items: int = 100
     """Items sampled from each public benchmark."""
     judge: str = ""
-    """ENDPOINT/MODEL that compares answers beside the graders; never of a compared model's family."""
+    """ENDPOINT/MODEL that compares answers where nobody said what is right; never of a compared model's
+    family."""
     rubric: str = ""
     """What the judge is to look at; empty: correctness, then completeness, then clarity."""
+    metrics: dict[str, Metric] = {}
+    """More that must hold, by name."""
 
 
 class Rollout(Section, frozen=True, kw_only=True):

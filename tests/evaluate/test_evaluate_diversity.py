@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -14,15 +13,11 @@ from click.testing import CliRunner
 
 from understudy.cli.evaluate import evaluate
 from understudy.errors import InputError
-from understudy.evaluate.certificate import FORMATS, Certificate, build, write
+from understudy.evaluate.certificate import build
 from understudy.evaluate.diversity import Judged, capa, compare, of_table, warning
 from understudy.evaluate.needed import shared_blind_spots
 from understudy.evaluate.scores import read
 from understudy.evaluate.verify import verify
-
-FIRST_FORMAT_SHA256 = "d9c3c24ccb3794401d9e4a3f767a174438e75ab55b6e2aa52a0c80c773d944dc"
-FIRST_FORMAT_PAGE_SHA256 = "a95857bbd26c163504edd9f0b26b3490499f69504abfe34557ba891ca6e308a4"
-"""Of the certificate and page that commit e1f07ce wrote of the drill in conftest."""
 
 
 def test_capa_by_hand() -> None:
@@ -132,18 +127,9 @@ def test_the_certificate_compares_all_arms_and_calls_the_fallback_out(drill: Pat
     ]
 
 
-def test_a_certificate_of_the_first_format_still_holds(drill: Path) -> None:
-    """Byte for byte what the program wrote of this evidence before format 2 existed, and its page."""
-    from understudy.evaluate.certificate import encode
-    from understudy.evaluate.report import render
-
-    old = encode(build(drill, FORMATS[0]))
-    decoded = msgspec.json.decode(old, type=Certificate)
-    (drill / "certificate.json").write_bytes(old)
-    (drill / "certificate.html").write_text(render(decoded, old), encoding="utf-8")
-    assert verify(drill / "certificate.json") == FIRST_FORMAT_SHA256
-    page = hashlib.sha256((drill / "certificate.html").read_bytes()).hexdigest()
-    assert page == FIRST_FORMAT_PAGE_SHA256
-    write(drill)
-    assert b'"diversity"' in (drill / "certificate.json").read_bytes()
-    verify(drill / "certificate.json")
+def test_a_certificate_of_an_earlier_format_is_refused_with_what_to_do(drill: Path) -> None:
+    """Its verdict mixed likeness to the incumbent with right answers: that rule must confirm nothing."""
+    path = drill / "certificate.json"
+    path.write_bytes(path.read_bytes().replace(b"understudy-certificate/3", b"understudy-certificate/2"))
+    with pytest.raises(InputError, match=r"certificate/2"):
+        verify(path)

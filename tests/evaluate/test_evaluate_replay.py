@@ -13,6 +13,7 @@ import pytest
 from understudy import config
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EndpointError, EvidenceError, InputError
+from understudy.evaluate.asking import asked
 from understudy.evaluate.evidence import (
     EXCHANGES,
     Call,
@@ -23,8 +24,8 @@ from understudy.evaluate.evidence import (
     read_lines,
     write_exchanges,
 )
-from understudy.evaluate.proof import Proof, judge
-from understudy.evaluate.replay import Progress, asked, forecast, prove
+from understudy.evaluate.proof import Proof, weigh
+from understudy.evaluate.replay import Progress, forecast, prove
 from understudy.evaluate.sequential import shuffled
 from understudy.protocol import Answer, Usage
 from understudy.traffic.sample import Exchange
@@ -249,7 +250,9 @@ async def test_without_right_answers_agreement_is_measured(tmp_path: Path) -> No
     sample = traffic(100, expected=False)
     model = ScriptedModel("local/same", lambda request: sample[number(request)].answer)
     proof = await prove(model, sample, SETTINGS, evidence=tmp_path)
-    assert (proof.agreement, proof.good, proof.verdict) == (1.0, -0.10, "PASS")
+    assert (proof.agreement, proof.leading, proof.verdict) == (1.0, "agreement", "PASS")
+    assert proof.metrics[0].good == -0.10
+    assert "likeness to the incumbent" in proof.rests_on
 
 
 async def test_progress_tells_each_counted_call(tmp_path: Path) -> None:
@@ -265,8 +268,8 @@ async def test_the_proof_follows_from_the_files_alone(tmp_path: Path) -> None:
     header, calls = read_lines(tmp_path / file_name("local/new"), ProofHeader, Call)
     items = read_exchanges(tmp_path).records
     forged = [Call(key=c.key, reply=c.reply, score=0.0, usage=c.usage, total_s=c.total_s) for c in calls]
-    assert judge(header, items, calls) == proof
-    assert judge(header, items, forged).verdict == "PASS"
+    assert weigh(header, items, calls) == proof
+    assert weigh(header, items, forged).verdict == "PASS"
     order = shuffled([item.key for item in items], header.seed)
     assert {call.key for call in calls} == set(order[: len(calls)])
 

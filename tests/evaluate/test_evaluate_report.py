@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +27,7 @@ from understudy.evaluate.verify import verify
 class Tags(HTMLParser):
     """Elements and attributes of a page; unbalanced ones are remembered."""
 
-    VOID = {"meta", "br", "line", "polyline", "circle", "link", "img"}
+    VOID = {"input", "meta", "br", "line", "polyline", "circle", "link", "img"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +56,9 @@ def page(drill: Path) -> Tags:
 
 
 def test_recorded_text_stays_text(page: Tags) -> None:
-    names = {tag for tag, _ in page.seen}
-    assert not names & {"script", "img", "iframe", "link", "object"}
+    names = [tag for tag, _ in page.seen]
+    assert not set(names) & {"img", "iframe", "link", "object"}
+    assert names.count("script") == 1
     assert not any(name.startswith("on") for _, attributes in page.seen for name in attributes)
     assert "<script>alert(1)</script>" in "".join(page.text)
     assert page.open == []
@@ -66,6 +69,24 @@ def test_nothing_is_loaded_from_elsewhere(drill: Path, page: Tags) -> None:
     text = (drill / "certificate.html").read_text()
     assert not re.search(r"url\(|@import|https?://", text)
     assert "default-src 'none'" in text
+
+
+def test_only_our_own_script_may_run(drill: Path) -> None:
+    """The policy names one hash, and it is that of the one script on the page."""
+    text = (drill / "certificate.html").read_text()
+    [script] = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    [allowed] = re.findall(r"script-src '(sha256-[^']+)'", text)
+    assert allowed == "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert "'unsafe-inline'" not in text.partition("script-src")[2].partition('"')[0]
+    assert "innerHTML" not in script
+
+
+def test_differences_can_be_searched_and_stand_side_by_side(page: Tags) -> None:
+    boxes = [a for tag, a in page.seen if tag == "input"]
+    assert [(a["type"], "hidden" in a) for a in boxes] == [("search", True)] * 2  # one for each candidate
+    differences = [a for tag, a in page.seen if tag == "details" and a.get("class") == "difference"]
+    assert len(differences) == 8
+    assert "questions were scored differently" in " ".join(page.text)
 
 
 def test_the_page_tells_the_story(page: Tags) -> None:

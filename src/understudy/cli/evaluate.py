@@ -11,6 +11,7 @@ from understudy.cli.options import config_option, json_option, print_json
 
 if TYPE_CHECKING:
     from understudy.evaluate.certificate import Certificate
+    from understudy.evaluate.proof import MetricResult
     from understudy.evaluate.replay import Forecast, Progress
     from understudy.evaluate.scores import Repeated, Study, Table
     from understudy.evaluate.sequential import Design
@@ -264,6 +265,7 @@ def _print_forecast(told: Forecast, as_json: bool) -> None:
         print_json(told)
         return
     click.echo(f"held-out items   {told.items:,}")
+    click.echo(f"a PASS needs     {', '.join(told.rests_on)}")
     click.echo(f"calls at most    {told.most_calls:,}")
     click.echo(f"calls expected   {told.expected_if_as_good:,.0f} if as good as the incumbent,")
     click.echo(f"                 {told.expected_if_worse:,.0f} if worse by three margins")
@@ -275,6 +277,11 @@ def _print_forecast(told: Forecast, as_json: bool) -> None:
         click.echo(f"money            ${told.usd:,.4g} expected, ${told.usd_most:,.4g} at most per candidate")
     else:
         click.echo("money            not known: no price of a candidate in the catalog or the overlay")
+    if told.judge_calls_most:
+        click.echo(
+            f"judge            {told.judge_calls:,.0f} comparisons expected,"
+            f" {told.judge_calls_most:,} at most per candidate"
+        )
     if told.repeat_calls:
         click.echo(f"repeats          {told.repeat_calls:,} calls more, the incumbent's among them")
 
@@ -287,13 +294,25 @@ def _print_certificate(certificate: Certificate, out: Path) -> None:
             f" ({points(proof.interval[0])} to {points(proof.interval[1])}),"
             f" {proof.calls:,} of {proof.items:,} calls, {proof.paid:,} paid"
         )
-    for task in certificate.tasks or []:
+        click.echo(f"  {proof.rests_on}")
+        for metric in proof.metrics if len(proof.metrics) > 1 else []:
+            click.echo(_metric_line(metric))
+    for task in certificate.tasks:
         click.echo(_task_line(task))
     for line in flicker_lines(certificate):
         click.echo(line)
     for line in certificate.next:
         click.echo(f"next: {line}")
     click.echo(f"certificate: {out / 'certificate.json'} and {out / 'certificate.html'}")
+
+
+def _metric_line(metric: MetricResult) -> str:
+    what = metric.verdict if metric.required else "reported"
+    low, high = metric.interval
+    return (
+        f"  {metric.name}: {what}, {points(metric.difference)} points ({points(low)} to {points(high)}),"
+        f" {metric.asked:,} of {metric.items:,} items"
+    )
 
 
 def _task_line(task: TaskFigures) -> str:
@@ -308,7 +327,7 @@ def _task_line(task: TaskFigures) -> str:
 def flicker_lines(certificate: Certificate) -> list[str]:
     """What repeats said, a line for each model."""
     lines: list[str] = []
-    for one in certificate.flicker or []:
+    for one in certificate.flicker:
         lines.append(
             f"flicker: {one.model} changed its words in {one.texts_differ:.0%} and its score in"
             f" {one.scores_differ:.0%} of repeats of {one.items:,} questions"

@@ -54,20 +54,22 @@ from understudy.evaluate.flicker import Flicker, against, faults_of, flicker, re
 from understudy.evaluate.judge import Judged
 from understudy.evaluate.needed import needed, shared_blind_spots
 from understudy.evaluate.performance import Cost, ModelSheet, Speed, cost, read_performance, speed
-from understudy.evaluate.proof import Proof, Tokens, judge, score_of
+from understudy.evaluate.proof import Guard, Proof, Tokens, score_of, weigh
 from understudy.evaluate.sequential import Verdict
 from understudy.evaluate.task import TaskFigures, of_candidate, of_incumbent
 from understudy.protocol import Json
 
-FORMATS = ("understudy-certificate/1", "understudy-certificate/2")
-"""Formats that can be built and verified; 2 adds what models share, repeats, task costs, judgements."""
-FORMAT = FORMATS[-1]
+FORMAT = "understudy-certificate/3"
+"""The format that is built and verified. Before 3 a verdict mixed likeness to the incumbent with right
+answers: such certificates are refused, for their rule is no longer held to be right."""
 CERTIFICATE = "certificate.json"
 PAGE = "certificate.html"
 EVIDENCE = "evidence"
 QUESTION = "question.json"
 PLAN = "plan.json"
 OWN_REPORT = "own-report.json"
+TOLERATED_COST = 1.1
+"""How many times the incumbent's cost per completed task is tolerated."""
 DIGITS = 10
 """Significant digits of a number: enough to tell any change, too few to see a math library's last bit."""
 
@@ -180,7 +182,7 @@ class EvidenceFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Certificate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`certificate.json`. Fields with a default came with format 2 and are absent before it."""
+    """`certificate.json`."""
 
     format: str
     verdict: Verdict
@@ -201,14 +203,14 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     next: list[str]
     """What would be needed next."""
     evidence: list[EvidenceFile]
-    diversity: list[Pair] | None = None
+    diversity: list[Pair] = []
     """Where any two arms fail together, on the traffic and on each benchmark."""
-    flicker: list[Flicker] | None = None
+    flicker: list[Flicker] = []
     """Each model against itself, where repeats were asked for; the incumbent first."""
-    tasks: list[TaskFigures] | None = None
+    tasks: list[TaskFigures] = []
     """Completion and cost per completed task on the asked items: the incumbent on those of the first
     candidate, then every candidate."""
-    judged: list[Judged] | None = None
+    judged: list[Judged] = []
     """What the judge says of each candidate, and what is known of the judge, where one was asked."""
 
 
@@ -317,10 +319,9 @@ def write_question(folder: Path, question: Question) -> Path:
     return path
 
 
-def build(folder: Path, form: str = FORMAT) -> Certificate:
+def build(folder: Path) -> Certificate:
     """The certificate of a folder, every number computed from its ``evidence/``.
 
-    ``form`` is one of FORMATS: an earlier one is built as it was, so that old certificates keep verifying.
     Raises EvidenceError naming file and line when evidence is missing, malformed or contradicts itself.
     """
     found = _Evidence(folder / EVIDENCE)
@@ -330,9 +331,9 @@ def build(folder: Path, form: str = FORMAT) -> Certificate:
     candidates = [_candidate(found, name) for name in found.question.candidates]
     incumbent = _model(found, found.question.incumbent, _incumbent_tokens(candidates))
     winner = _winner(candidates)
-    deeper = _Deeper(found, candidates, form)
+    diversity, judged = _diversity(found), _judged(found)
     return Certificate(
-        format=form,
+        format=FORMAT,
         verdict=_overall(candidates),
         winner=winner.model.name if winner else "",
         winner_rule=WINNER_RULE,
@@ -344,29 +345,17 @@ def build(folder: Path, form: str = FORMAT) -> Certificate:
         incumbent_fit=_fit(found.plan.incumbent),
         candidates=candidates,
         own=found.own,
-        next=needed(candidates, winner, incumbent) + deeper.next(),
+        next=[
+            *needed(candidates, winner, incumbent),
+            *shared_blind_spots(found.question, diversity),
+            *(line for one in judged if (line := judge_files.plan_for(one))),
+        ],
         evidence=_files(found.folder),
-        diversity=deeper.diversity,
-        flicker=deeper.flicker,
-        tasks=deeper.tasks,
-        judged=deeper.judged,
+        diversity=diversity,
+        flicker=_flicker(found, candidates),
+        tasks=_tasks(found, candidates),
+        judged=judged,
     )
-
-
-class _Deeper:
-    """What format 2 adds; nothing in format 1."""
-
-    def __init__(self, found: _Evidence, candidates: Sequence[Candidate], form: str) -> None:
-        on = form != FORMATS[0]
-        self.question = found.question
-        self.diversity = _diversity(found) if on else None
-        self.flicker = (_flicker(found, candidates) or None) if on else None
-        self.tasks = _tasks(found, candidates) if on else None
-        self.judged = (_judged(found) or None) if on else None
-
-    def next(self) -> list[str]:
-        lines = shared_blind_spots(self.question, self.diversity) if self.diversity is not None else []
-        return lines + [line for one in self.judged or [] if (line := judge_files.plan_for(one))]
 
 
 def _diversity(found: _Evidence) -> list[Pair]:
@@ -415,13 +404,30 @@ def _unlike(file: str, items: Mapping[str, Item], calls: Sequence[Call]) -> list
 
 def _candidate(found: _Evidence, name: str) -> Candidate:
     header, calls = found.proofs[name]
-    proof = judge(header, found.exchanges.records, calls)
+    lines = next((j for j in found.judgements if j.header.candidate == name), None)
+    items = {item.key: item for item in found.exchanges.records}
+    people = judge_files.people(lines, items, found.labels) if lines else None
+    preferences = judge_files.preferences(lines.records) if lines else {}
+    proof = weigh(header, found.exchanges.records, calls, preferences, people)
+    model = _model(found, name, proof.candidate_tokens)
+    own = _model(found, found.question.incumbent, proof.incumbent_tokens)
+    proof = msgspec.structs.replace(proof, guards=[*proof.guards, *_cost_guard(own.cost, model.cost)])
     return Candidate(
-        model=_model(found, name, proof.candidate_tokens),
+        model=model,
         fit=_fit(found.planned(name)),
         lineage=found.question.lineage.get(name, []),
         proof=proof,
     )
+
+
+def _cost_guard(incumbent: Cost | None, candidate: Cost | None) -> list[Guard]:
+    """Cost per completed task; none where a price is not known."""
+    own = incumbent.usd_per_completed_task if incumbent else None
+    other = candidate.usd_per_completed_task if candidate else None
+    if own is None or other is None:
+        return []
+    worse = other > TOLERATED_COST * own
+    return [Guard(name="cost per completed task", unit="usd", incumbent=own, candidate=other, worse=worse)]
 
 
 def _incumbent_tokens(candidates: Sequence[Candidate]) -> Tokens | None:
@@ -546,13 +552,10 @@ def _flicker(found: _Evidence, candidates: Sequence[Candidate]) -> list[Flicker]
 def _tasks(found: _Evidence, candidates: Sequence[Candidate]) -> list[TaskFigures]:
     items = {item.key: item for item in found.exchanges.records}
     proofs = [candidate.proof for candidate in candidates]
-    own = [of_incumbent(p, items, found.sheet(found.question.incumbent)) for p in proofs[:1]]
-    return own + [
-        of_candidate(
-            p, items, {c.key: c for c in found.proofs[p.candidate].records}, found.sheet(p.candidate)
-        )
-        for p in proofs
-    ]
+    calls = {name: {c.key: c for c in lines.records} for name, lines in found.proofs.items()}
+    sheet = found.sheet(found.question.incumbent)
+    own = [of_incumbent(p, items, calls[p.candidate], sheet) for p in proofs[:1]]
+    return own + [of_candidate(p, items, calls[p.candidate], found.sheet(p.candidate)) for p in proofs]
 
 
 def _judged(found: _Evidence) -> list[Judged]:

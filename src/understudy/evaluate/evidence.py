@@ -19,8 +19,9 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 import msgspec
 
 from understudy.errors import EvidenceError, InputError
-from understudy.evaluate.grade import GraderName, Reply, grade, reply_of, standard
-from understudy.evaluate.sequential import Design
+from understudy.evaluate.grade import GraderName, Reply, grade, reply_of, standard, wants_json
+from understudy.evaluate.metrics import Metric
+from understudy.evaluate.panel import Rates
 from understudy.protocol import Json, Usage, text_of
 from understudy.traffic.sample import Exchange
 
@@ -62,6 +63,10 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     usage: Usage | None = None
     total_s: float = 0.0
     finish_reason: str = ""
+    wants_json: bool = False
+    """The request asked for JSON."""
+    tools: tuple[str, ...] = ()
+    """Names of the functions the request offered."""
 
 
 class ProofHeader(msgspec.Struct, frozen=True, kw_only=True, tag="proof", tag_field="kind"):
@@ -75,16 +80,16 @@ class ProofHeader(msgspec.Struct, frozen=True, kw_only=True, tag="proof", tag_fi
     beta: float
     candidates: int
     """Candidates tried side by side."""
-    good: float
-    """See `sequential.Design.good`."""
+    metrics: list[Metric]
+    """What the verdict rests on, and what is reported beside it."""
     budget: int
     """Most calls; 0: all items."""
     exchanges_sha256: str
     """Of `exchanges.jsonl`: the question this file answers."""
 
     @property
-    def design(self) -> Design:
-        return Design(self.margin, self.alpha, self.beta, self.candidates, self.good)
+    def rates(self) -> Rates:
+        return Rates(self.alpha, self.beta, self.candidates)
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -249,7 +254,15 @@ def item_of(exchange: Exchange) -> Item:
         usage=exchange.usage,
         total_s=exchange.total_s,
         finish_reason=finish_reason(exchange.body),
+        wants_json=wants_json(exchange.request),
+        tools=offered(exchange.request),
     )
+
+
+def offered(request: Json) -> tuple[str, ...]:
+    """Names of the functions a request offers."""
+    functions = [cast(Json, t.get("function") or {}) for t in cast(list[Json], request.get("tools") or [])]
+    return tuple(str(f.get("name") or "") for f in functions)
 
 
 def finish_reason(body: Json) -> str:

@@ -18,6 +18,7 @@ import msgspec
 
 from understudy.endpoint import Endpoint
 from understudy.errors import EndpointError, InputError
+from understudy.evaluate.asking import MISCONFIGURED, asked
 from understudy.evaluate.evidence import (
     EXCHANGES,
     Call,
@@ -30,7 +31,7 @@ from understudy.evaluate.evidence import (
 )
 from understudy.evaluate.grade import Reply, grade, normalised, reply_of
 from understudy.evaluate.proof import Proof
-from understudy.evaluate.replay import MISCONFIGURED, REPEATED_ITEMS, asked
+from understudy.evaluate.replay import REPEATED_ITEMS
 from understudy.evaluate.sequential import shuffled
 from understudy.evaluate.workers import side_by_side
 from understudy.protocol import Usage

@@ -34,6 +34,7 @@ GraderName = Literal[
     "contains",
     "f1",
     "json",
+    "schema",
     "tool_calls",
     "code",
     "similarity",
@@ -90,9 +91,9 @@ def standard(exchange: Exchange) -> Standard:
         raise InputError(
             f"exchange {exchange.key} is tagged grader={named!r}", expected="one of: " + ", ".join(GRADERS)
         )
-    wants_json = "json" in str((exchange.request.get("response_format") or {}).get("type", ""))
+    asked_json = wants_json(exchange.request)
     if exchange.expected is not None:
-        default: GraderName = "json" if wants_json else "match"
+        default: GraderName = "json" if asked_json else "match"
         return Standard(cast(GraderName, named or default), exchange.expected, agreement=False)
     if named == "code":
         raise InputError(
@@ -102,14 +103,19 @@ def standard(exchange: Exchange) -> Standard:
     incumbent = reply_of(exchange.body)
     if incumbent.tool_calls:
         return Standard("tool_calls", encode_calls(incumbent.tool_calls), agreement=True)
-    default = "json" if wants_json else "f1"
+    default = "json" if asked_json else "f1"
     return Standard(cast(GraderName, named or default), incumbent.text, agreement=True)
+
+
+def wants_json(request: Json) -> bool:
+    """Whether a request asks for an answer in JSON."""
+    return "json" in str((request.get("response_format") or {}).get("type", ""))
 
 
 def grade(grader: GraderName, reply: Reply, expected: str) -> float:
     """The score in [0, 1] of ``reply``; the best one when ``expected`` is a JSON list of right answers."""
     function = GRADERS[grader]
-    if grader in ("json", "tool_calls", "code"):
+    if grader in ("json", "schema", "tool_calls", "code"):
         return function(reply, expected)
     return max(function(reply, one) for one in alternatives(expected))
 
@@ -233,6 +239,16 @@ def _json(reply: Reply, expected: str) -> float:
     return same / len(union) if union else 1.0
 
 
+def _schema(reply: Reply, expected: str) -> float:
+    """1 if the answer is JSON that ``expected``, a JSON Schema, allows."""
+    from understudy.evaluate.schema import allows
+
+    got, wanted = _decoded(reply.text), _decoded(expected)
+    if not isinstance(wanted, dict | bool):
+        raise InputError(f"not a JSON Schema: {expected[:80]!r}", expected="a JSON object")
+    return float(got is not _NOT_JSON and allows(cast(Json | bool, wanted), got))
+
+
 def _tool_calls(reply: Reply, expected: str) -> float:
     """Same functions in the same order: half for the name, half for the arguments, mean over calls."""
     wanted = msgspec.json.decode(expected, type=list[ToolCall])
@@ -282,6 +298,21 @@ def is_json(text: str) -> bool:
     return _decoded(text) is not _NOT_JSON
 
 
+def well_formed(reply: Reply, finish_reason: str, json_asked: bool, tools: Sequence[str]) -> bool:
+    """Whether an answer can be used at all: neither empty nor cut off, JSON where it was asked for, and calls
+    only of functions that were offered, with a JSON object as arguments."""
+    if finish_reason == "length" or not (reply.text.strip() or reply.tool_calls):
+        return False
+    if reply.tool_calls:
+        return calls_exist(reply.tool_calls, tools)
+    return not json_asked or is_json(reply.text)
+
+
+def calls_exist(calls: Sequence[ToolCall], tools: Sequence[str]) -> bool:
+    """Whether all of these could be carried out."""
+    return all(call.name in tools and isinstance(_decoded(call.arguments or "{}"), dict) for call in calls)
+
+
 def _leaves(value: object, path: str = "") -> list[tuple[str, object]]:
     if isinstance(value, dict) and value:
         items = cast(dict[str, object], value).items()
@@ -325,6 +356,7 @@ GRADERS: dict[str, Grader] = {
     "contains": _contains,
     "f1": _f1,
     "json": _json,
+    "schema": _schema,
     "tool_calls": _tool_calls,
     "code": _code,
     "similarity": _similarity,

@@ -3,8 +3,9 @@
 A judge is an endpoint with a rubric. It is never an arm, nor of an arm's family: models favour their own kind
 (Panickssery et al. 2024, arXiv 2404.13076). Which answer stands first is drawn per call from the committed
 seed. Every judgement is kept as evidence, and from it come its preference, its biases (position, length, its
-own words) and, with people's labels, an estimate that is right however biased the judge is. It decides no
-verdict: that stays with the graders. Turns that called tools are left to the structural grader.
+own words) and, with people's labels, an estimate that is right however biased the judge is. A verdict rests
+on it only for items whose right answer nobody knows (metrics), and says so. Turns that called tools are left
+to the structural grader.
 
 Sources: Zheng et al. 2023, arXiv 2306.05685 (pairwise judging, position and length bias); Angelopoulos, Duchi
 & Zrnic 2023, "PPI++", arXiv 2311.01453 (the estimator).
@@ -16,7 +17,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ import msgspec
 
 from understudy.endpoint import Endpoint
 from understudy.errors import EndpointError, EvidenceError, InputError
+from understudy.evaluate.asking import MISCONFIGURED, asked
 from understudy.evaluate.evidence import (
     EXCHANGES,
     Call,
@@ -35,11 +37,11 @@ from understudy.evaluate.evidence import (
     sha256_of,
 )
 from understudy.evaluate.grade import Reply, grade, reply_of
-from understudy.evaluate.replay import MISCONFIGURED, asked
+from understudy.evaluate.proof import Preference
 from understudy.evaluate.sequential import shuffled
 from understudy.evaluate.task import NORMAL_95, ratio
 from understudy.evaluate.workers import side_by_side
-from understudy.protocol import Json, text_of
+from understudy.protocol import Json, Usage, text_of
 from understudy.traffic.sample import Exchange
 
 PREFIX = "judged-"
@@ -86,6 +88,8 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     error: str = ""
     own: Reply | None = None
     """The judge's own answer, for purpose self."""
+    usage: Usage | None = None
+    """Tokens of the comparison."""
 
 
 class Label(msgspec.Struct, frozen=True, kw_only=True):
@@ -221,6 +225,41 @@ async def judge_pairs(
     return path
 
 
+class Umpire:
+    """A judge at work during a replay: one comparison per item, kept as evidence before it counts."""
+
+    def __init__(
+        self, judge: Endpoint, exchanges: Sequence[Exchange], header: JudgedHeader, evidence: Path
+    ) -> None:
+        refuse_kin(header.judge, [header.incumbent, header.candidate])
+        self._judge = judge
+        self._header = header
+        self._requests = {exchange.key: exchange.request for exchange in exchanges}
+        path = evidence / file_name(header.candidate, PREFIX)
+        known = _known(path, header)
+        self.known = read_lines(path, JudgedHeader, Judgement).records if known else []
+        """Judgements that the evidence held before."""
+        self.preferences = preferences(self.known)
+        self._journal = Journal(path, header)
+
+    async def compare(self, item: Item, candidate: Reply) -> Judgement:
+        """Which of the two answers to an item is better. Raises EndpointError when the judge is gone."""
+        task = _task(item, "pair", candidate, "candidate", self._header.seed)
+        said = await _judge(self._judge, task, self._requests[item.key], self._header)
+        self._journal.append(said)
+        self.preferences |= preferences([said])
+        return said
+
+    def close(self) -> None:
+        self._journal.__exit__()
+
+
+def preferences(lines: Iterable[Judgement]) -> dict[str, float | None]:
+    """Item to preference for the candidate: 1, ½ or 0; None where the judge gave no verdict."""
+    pairs = (line for line in lines if line.purpose == "pair")
+    return {line.key: _preference(line, "candidate") if line.winner else None for line in pairs}
+
+
 def header_of(
     judge: str, candidate: str, incumbent: str, *, rubric: str, seed: int, evidence: Path, retires: str = ""
 ) -> JudgedHeader:
@@ -303,7 +342,9 @@ async def _judge(judge: Endpoint, task: _Task, request: Json, header: JudgedHead
         if error.status is None or error.status in MISCONFIGURED:
             raise
         return msgspec.structs.replace(said, error=error.value)
-    return msgspec.structs.replace(said, text=answer.text, winner=winner_of(answer.text), own=own)
+    return msgspec.structs.replace(
+        said, text=answer.text, winner=winner_of(answer.text), own=own, usage=answer.usage
+    )
 
 
 async def _own_answer(judge: Endpoint, request: Json) -> Reply:
@@ -363,6 +404,7 @@ def faults_of(found: Sequence[Judgements], items: Mapping[str, Item], digest: st
     faults: list[str] = []
     for header, lines in found:
         file = file_name(header.candidate, PREFIX)
+        faults += _kin_faults(file, header)
         if header.exchanges_sha256 != digest:
             faults.append(f"{file}: made for another {EXCHANGES} (its SHA-256 differs)")
         counted = Counter((line.key, line.purpose) for line in lines)
@@ -377,6 +419,14 @@ def faults_of(found: Sequence[Judgements], items: Mapping[str, Item], digest: st
             ):
                 faults.append(f"{file} line {number}: the order is not the one drawn by the seed")
     return faults
+
+
+def _kin_faults(file: str, header: JudgedHeader) -> list[str]:
+    try:
+        refuse_kin(header.judge, [header.incumbent, header.candidate])
+    except InputError as error:
+        return [f"{file}: {error.value}"]
+    return []
 
 
 def judged(
@@ -502,6 +552,16 @@ def prediction_powered(
     variance = _variance(rest) / n + (weight**2 * _variance(unlabelled) / big if big >= 2 else 0.0)
     half = NORMAL_95 * math.sqrt(variance)
     return Powered(value, value - half, value + half, weight)
+
+
+def people(found: Judgements, items: Mapping[str, Item], labels: Sequence[Label]) -> Preference | None:
+    """The preference people would have on the items whose right answer nobody knows; None below two
+    labels."""
+    said = preferences(found.records)
+    preferred = {k: p for k, p in said.items() if p is not None and k in items and items[k].agreement}
+    human = {x.key: x.preference for x in labels if x.candidate == found.header.candidate}
+    powered = _calibrated(preferred, {k: p for k, p in human.items() if k in preferred})
+    return Preference(powered.value, powered.low, powered.high) if powered else None
 
 
 def _calibrated(preferred: Mapping[str, float], human: Mapping[str, float]) -> Powered | None:

@@ -25,10 +25,10 @@ def needed(candidates: Sequence[Candidate], winner: Candidate | None, incumbent:
         lines += [line for c in candidates if c is winner for line in _reservations(c)]
     for candidate in candidates:
         if candidate.proof.verdict is Verdict.UNDECIDED:
-            lines.append(_more_items(candidate.proof))
+            lines += candidate.proof.doubts or [_undecided(candidate.proof)]
         elif candidate.proof.verdict is Verdict.FAIL:
             lines.append(_weakest(candidate))
-    lines += _agreement(candidates) + _few_benchmark_items(incumbent)
+    lines += _unknown(candidates) + _few_benchmark_items(incumbent)
     return lines
 
 
@@ -57,7 +57,12 @@ def _reservations(candidate: Candidate) -> list[str]:
     proof = candidate.proof
     failing = [s.task or "untagged" for s in proof.strata if s.verdict is Verdict.FAIL]
     worse = [g.name for g in proof.guards if g.worse]
+    below = [m.name for m in proof.metrics if not m.required and m.difference < -m.margin]
     lines: list[str] = []
+    if below:
+        lines.append(
+            f"What is reported beside the verdict has fallen by more than the margin: {', '.join(below)}."
+        )
     if failing:
         lines.append(f"The pass overall hides tasks that fail on their own: {', '.join(failing)}.")
     if worse:
@@ -70,13 +75,21 @@ def _reservations(candidate: Candidate) -> list[str]:
     return lines
 
 
-def _more_items(proof: Proof) -> str:
+def _undecided(proof: Proof) -> str:
     """Width of the interval against the margin gives the items needed: error falls with 1/√n."""
+    leading = next(m for m in proof.metrics if m.name == proof.leading)
+    unlike = leading.basis in ("agreement", "structure") and leading.e_fail is not None
+    if unlike and leading.difference < -leading.margin:
+        return (
+            f"{proof.candidate} does not answer as the incumbent does ({100 * leading.candidate:.0f} against"
+            f" {100 * leading.incumbent:.0f} points of likeness). Whether it is worse nobody has said: send"
+            " feedback, or set a judge ([evaluate] judge)."
+        )
     half = (proof.interval[1] - proof.interval[0]) / 2.0
-    needed = math.ceil(proof.calls * (half / proof.margin) ** 2)
+    more = math.ceil(leading.asked * (half / proof.margin) ** 2)
     return (
-        f"{proof.candidate}: undecided after {proof.calls:,} of {proof.items:,} items. About"
-        f" {max(needed, proof.calls + 1):,} calls would narrow the interval to the margin."
+        f"{proof.candidate}: undecided by {leading.name} after {leading.asked:,} of {leading.items:,} items."
+        f" About {max(more, leading.asked + 1):,} would narrow the interval to the margin."
     )
 
 
@@ -91,14 +104,18 @@ def _weakest(candidate: Candidate) -> str:
     )
 
 
-def _agreement(candidates: Sequence[Candidate]) -> list[str]:
+def _unknown(candidates: Sequence[Candidate]) -> list[str]:
     if not candidates or not candidates[0].proof.agreement:
         return []
-    share = candidates[0].proof.agreement
-    return [
-        f"{share:.0%} of the items have no known right answer and were graded by agreement with the"
-        " incumbent: send feedback (POST /v1/feedback) to have them graded by what is right."
-    ]
+    proof = candidates[0].proof
+    if any(m.basis == "judge" for m in proof.metrics):
+        by = "were left to the judge: label some (understudy label) to see how far it can be believed"
+    else:
+        by = (
+            "have only been held against the incumbent's own words: send feedback (POST /v1/feedback),"
+            " or set a judge ([evaluate] judge), to have them decided by what is right"
+        )
+    return [f"{proof.agreement:.0%} of the items have no known right answer and {by}."]
 
 
 def _few_benchmark_items(incumbent: Model) -> list[str]:

@@ -1,6 +1,6 @@
 """What a candidate's evidence proves: verdict, effect, strata, guards and where the two arms differ.
 
-A pure function of two evidence files; `prove`, the certificate and `verify` all call it, so a number can only
+A pure function of the evidence files; `prove`, the certificate and `verify` all call it, so a number can only
 come from the records. It ignores how the calls were made (replay) and what they cost (certificate).
 """
 
@@ -9,27 +9,24 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import msgspec
 
 from understudy.evaluate.evidence import Call, Item, ProofHeader
-from understudy.evaluate.grade import grade, is_json, refuses
+from understudy.evaluate.grade import calls_exist, grade, is_json, refuses
+from understudy.evaluate.metrics import RESTS_ON, Basis, Metric, primary
+from understudy.evaluate.panel import Panel
 from understudy.evaluate.scores import Generalisation, finite, generalise
-from understudy.evaluate.sequential import (
-    Design,
-    Interval,
-    Outcome,
-    Point,
-    SequentialTest,
-    Unit,
-    Verdict,
-    shuffled,
-)
+from understudy.evaluate.sequential import Design, Point, SequentialTest, Unit, Verdict, shuffled
 
 PATH_POINTS = 200
 """Points of the e-value path kept for the plot."""
-EXAMPLES = 12
-"""Answers shown side by side."""
+EXAMPLES = 60
+"""Answers shown side by side, those that differ most."""
+SILENT_JUDGE = 0.10
+"""Share of pairs without a judge's verdict from which its word carries no PASS and no FAIL."""
 SUCCESS = 0.5
 """Score from which on a task counts as completed."""
 TOLERATED_RATE = 0.02
@@ -46,10 +43,38 @@ class PathPoint(msgspec.Struct, frozen=True):
     e_fail: float | None
 
 
+class MetricResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One metric over the items it scores."""
+
+    name: str
+    basis: Basis
+    required: bool
+    """A PASS needs it."""
+    verdict: Verdict
+    asked: int
+    """Items asked that it scores."""
+    items: int
+    """Items that it scores."""
+    margin: float
+    alpha: float
+    beta: float
+    """Shared out among the metrics that can fail."""
+    good: float
+    difference: float
+    interval: tuple[float, float]
+    e_pass: float | None
+    e_fail: float | None
+    incumbent: float
+    """Mean score over the asked items."""
+    candidate: float
+
+
 class Stratum(msgspec.Struct, frozen=True, kw_only=True):
     """One task's items, with its own verdict at the same error rates (not corrected for their number)."""
 
     task: str
+    metric: str
+    """By which its items are scored."""
     asked: int
     items: int
     incumbent: float
@@ -65,7 +90,7 @@ class Guard(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     unit: str
-    """share or seconds."""
+    """share, seconds or usd."""
     incumbent: float
     candidate: float
     worse: bool
@@ -79,6 +104,9 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
     expected: str
     agreement: bool
+    """No right answer is known."""
+    metric: str
+    """What the scores are by."""
     incumbent: str
     incumbent_score: float
     candidate: str
@@ -86,22 +114,31 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens and outcomes of one arm over the asked items; what cost per completed task is made of."""
+    """Tokens and outcomes of one arm over the asked items whose right answer is known (all where none is):
+    what cost per completed task is made of."""
 
     calls: int
     attempts: int
     prompt: int
     completion: int
     completed: int
-    """Calls whose score is at least SUCCESS."""
+    """Calls whose score is at least SUCCESS; none where no right answer is known."""
 
 
 class Proof(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything one candidate's evidence says."""
+    """Everything one candidate's evidence says. Effect, interval, e-values and path are those of the metric
+    that stands for the verdict."""
 
     candidate: str
     incumbent: str
     verdict: Verdict
+    rests_on: str
+    """What the verdict rests on and what not, in words."""
+    doubts: list[str]
+    """Why a verdict by the tests was withheld; none where it was not."""
+    leading: str
+    """Name of the metric that stands for the verdict."""
+    metrics: list[MetricResult]
     calls: int
     """Calls that decided."""
     paid: int
@@ -112,105 +149,221 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     alpha: float
     beta: float
     candidates: int
-    good: float
     difference: float
     interval: tuple[float, float]
     level: float
     e_pass: float | None
     e_fail: float | None
     path: list[PathPoint]
+    """Of the leading metric; `calls` counts the items it scores."""
     incumbent_mean: float
-    """Over the asked items."""
+    """Over the asked items of the leading metric."""
     candidate_mean: float
     incumbent_mean_all: float
-    """Over all held-out items: free, for the answers are recorded."""
+    """Over all held-out items of the leading metric: free, for the answers are recorded."""
     agreement: float
-    """Share of items scored by agreement with the incumbent, for want of a known right answer."""
+    """Share of items without a known right answer."""
     clusters: int
     future: Generalisation | None
     strata: list[Stratum]
     guards: list[Guard]
     examples: list[Example]
+    differing: int
+    """Items on which the scores differ, those not shown included."""
     incumbent_tokens: Tokens
     candidate_tokens: Tokens
 
 
-class _Pair(msgspec.Struct, frozen=True):
+class Preference(msgspec.Struct, frozen=True):
+    """What people would say, if the judge's word is calibrated on theirs (see judge.Judged)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class _Pair(NamedTuple):
     item: Item
     call: Call
+    metric: Metric
+    """The item's primary one."""
     incumbent: float
     candidate: float
 
 
-def good_difference(items: Sequence[Item], margin: float) -> float:
-    """From which difference on a candidate counts as good: -margin · share of items scored by agreement.
+class _Seen(NamedTuple):
+    panel: Panel
+    pairs: list[_Pair]
+    """In the order asked."""
 
-    On those the incumbent scores 1 by construction, so no candidate can reach 0.
+
+def weigh(
+    header: ProofHeader,
+    items: Sequence[Item],
+    calls: Iterable[Call],
+    preferences: Mapping[str, float | None] = MappingProxyType({}),
+    people: Preference | None = None,
+) -> Proof:
+    """The proof. Scores are graded anew from the recorded answers; scores in the files are not trusted.
+
+    ``preferences`` are the judge's by item: 1 for the candidate, 0 for the incumbent, ½ for neither, None
+    where it gave no verdict. ``people`` are its preferences calibrated on labels.
     """
-    return -margin * sum(item.agreement for item in items) / len(items)
-
-
-def judge(header: ProofHeader, items: Sequence[Item], calls: Iterable[Call]) -> Proof:
-    """The proof. Scores are graded anew from the recorded answers; scores in the files are not trusted."""
     by_key = {item.key: item for item in items}
     answered = {call.key: call for call in calls if call.key in by_key}
-    scores = {item.key: grade(item.grader, item.reply, item.expected) for item in items}
-    outcome, pairs = _decide(header, by_key, answered, scores)
-    differences = [(p.item.cluster or p.item.key, p.candidate - p.incumbent) for p in pairs]
+    seen = _walk(header, by_key, answered, preferences)
+    panel, pairs = seen
+    leading = panel.leading
+    outcome = panel.tests[leading.name].outcome()
+    own = [p for p in pairs if leading.scores(p.item)]
+    scores = [_scores(p, leading, preferences) for p in own]
+    doubts = _doubts(panel, pairs, preferences, people)
     return Proof(
         candidate=header.candidate,
         incumbent=header.incumbent,
-        verdict=outcome.verdict,
-        calls=outcome.calls,
+        verdict=Verdict.UNDECIDED if doubts else panel.verdict,
+        rests_on=_rests_on(panel, items),
+        doubts=doubts,
+        leading=leading.name,
+        metrics=[_result(panel, metric, pairs, preferences) for metric in panel.metrics],
+        calls=len(pairs),
         paid=sum(not call.cached for call in answered.values()),
         items=len(items),
         seed=header.seed,
-        margin=header.margin,
+        margin=leading.margin,
         alpha=header.alpha,
-        beta=header.beta,
+        beta=panel.tests[leading.name].design.beta,
         candidates=header.candidates,
-        good=header.good,
         difference=outcome.difference,
         interval=(outcome.interval.low, outcome.interval.high),
         level=outcome.interval.level,
         e_pass=finite(outcome.e_pass),
         e_fail=finite(outcome.e_fail),
         path=_thinned(outcome.path),
-        incumbent_mean=_mean(p.incumbent for p in pairs),
-        candidate_mean=_mean(p.candidate for p in pairs),
-        incumbent_mean_all=_mean(scores.values()),
+        incumbent_mean=_mean(a for a, _ in scores),
+        candidate_mean=_mean(b for _, b in scores),
+        incumbent_mean_all=_mean(leading.incumbent(item) for item in items if leading.scores(item)),
         agreement=sum(item.agreement for item in items) / len(items),
         clusters=len({item.cluster or item.key for item in items}),
-        future=generalise(differences, outcome.interval),
-        strata=_strata(header.design, items, scores, pairs),
+        future=generalise(
+            [(p.item.cluster or p.item.key, b - a) for p, (a, b) in zip(own, scores, strict=True)],
+            outcome.interval,
+        ),
+        strata=_strata(header, panel, items, pairs),
         guards=_guards(pairs),
         examples=_examples(pairs),
+        differing=sum(p.incumbent != p.candidate for p in pairs),
         incumbent_tokens=_incumbent_tokens(pairs),
         candidate_tokens=_candidate_tokens(pairs),
     )
 
 
 def score_of(item: Item, call: Call) -> float:
-    """A candidate's score: 0 for an error, else what the item's grader says."""
+    """A candidate's score by the item's grader: 0 for an error."""
     return 0.0 if call.error else grade(item.grader, call.reply, item.expected)
 
 
-def _decide(
+def _walk(
     header: ProofHeader,
     items: Mapping[str, Item],
     answered: Mapping[str, Call],
-    scores: Mapping[str, float],
-) -> tuple[Outcome, list[_Pair]]:
-    """Feed the test in the committed order until it is decided, the budget ends or an answer is missing."""
-    test = SequentialTest([Unit(scores[key]) for key in items], header.design)
+    preferences: Mapping[str, float | None],
+) -> _Seen:
+    """Feed the tests in the committed order until they are settled, the budget ends or an answer is
+    missing."""
+    panel = Panel(header.metrics, list(items.values()), header.rates)
     pairs: list[_Pair] = []
-    for key in shuffled(items, header.seed)[: header.budget or None]:
-        if key not in answered or test.decided:
+    for key in shuffled(items, header.seed):
+        if panel.settled or (header.budget and len(pairs) == header.budget):
             break
-        pair = _Pair(items[key], answered[key], scores[key], score_of(items[key], answered[key]))
-        pairs.append(pair)
-        test.observe(Unit(pair.incumbent), pair.candidate)
-    return test.outcome(), pairs
+        item = items[key]
+        if not panel.wants(item):
+            continue
+        call = answered.get(key)
+        if call is None or awaits_judge(panel, item, call, preferences):
+            break
+        pairs.append(_pair(panel, item, call, preferences))
+        panel.observe(item, lambda m, i=item, c=call: m.candidate(i, c, preferences.get(i.key)))
+    return _Seen(panel, pairs)
+
+
+def awaits_judge(panel: Panel, item: Item, call: Call, preferences: Mapping[str, float | None]) -> bool:
+    """Whether an answered item has still to be compared by the judge before it counts."""
+    return item.key not in preferences and not call.error and panel.wants_judgement(item)
+
+
+def _pair(panel: Panel, item: Item, call: Call, preferences: Mapping[str, float | None]) -> _Pair:
+    metric = primary(panel.metrics, item)
+    candidate = metric.candidate(item, call, preferences.get(item.key))
+    return _Pair(item, call, metric, metric.incumbent(item), candidate)
+
+
+def _scores(pair: _Pair, metric: Metric, preferences: Mapping[str, float | None]) -> tuple[float, float]:
+    given = preferences.get(pair.item.key)
+    return metric.incumbent(pair.item), metric.candidate(pair.item, pair.call, given)
+
+
+def _doubts(
+    panel: Panel,
+    pairs: Sequence[_Pair],
+    preferences: Mapping[str, float | None],
+    people: Preference | None,
+) -> list[str]:
+    """What speaks against a verdict that the tests have reached."""
+    judged = [p for p in pairs if p.metric.basis == "judge" and p.item.key in preferences]
+    if not judged or panel.verdict is Verdict.UNDECIDED:
+        return []
+    doubts: list[str] = []
+    silent = _mean(float(preferences[p.item.key] is None) for p in judged)
+    if silent > SILENT_JUDGE:
+        doubts.append(f"The judge gave no verdict on {silent:.0%} of the pairs: its word decides nothing.")
+    margin = judged[0].metric.margin
+    if people and panel.verdict is Verdict.PASS and people.high < 0.5 - margin:
+        doubts.append(
+            f"People prefer the incumbent (the candidate in {people.value:.0%}, at most {people.high:.0%}):"
+            " the judge's PASS does not stand."
+        )
+    return doubts
+
+
+def _rests_on(panel: Panel, items: Sequence[Item]) -> str:
+    """The bases of the required metrics, each with the share of the items it scores."""
+    parts = [
+        f"{RESTS_ON[m.basis]}{f' by {m.grader}' if m.grader else ''}"
+        f" ({sum(m.scores(i) for i in items):,} of {len(items):,} items)"
+        for m in panel.required
+    ]
+    rest = sum(not any(m.scores(i) for m in panel.required) for i in items)
+    told = "Rests on " + " and ".join(parts)
+    if rest:
+        told += f"; says nothing of {rest:,} items without a known right answer"
+    return told + "."
+
+
+def _result(
+    panel: Panel, metric: Metric, pairs: Sequence[_Pair], preferences: Mapping[str, float | None]
+) -> MetricResult:
+    test = panel.tests[metric.name]
+    outcome = test.outcome()
+    scores = [_scores(p, metric, preferences) for p in pairs if metric.scores(p.item)][: outcome.calls]
+    return MetricResult(
+        name=metric.name,
+        basis=metric.basis,
+        required=metric.required,
+        verdict=panel.verdict_of(metric),
+        asked=outcome.calls,
+        items=outcome.items,
+        margin=metric.margin,
+        alpha=test.design.alpha,
+        beta=test.design.beta,
+        good=metric.good,
+        difference=outcome.difference,
+        interval=(outcome.interval.low, outcome.interval.high),
+        e_pass=finite(outcome.e_pass),
+        e_fail=finite(outcome.e_fail),
+        incumbent=_mean(a for a, _ in scores),
+        candidate=_mean(b for _, b in scores),
+    )
 
 
 def _thinned(path: Sequence[Point]) -> list[PathPoint]:
@@ -228,44 +381,50 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _strata(
-    design: Design, items: Sequence[Item], scores: Mapping[str, float], pairs: Sequence[_Pair]
+    header: ProofHeader, panel: Panel, items: Sequence[Item], pairs: Sequence[_Pair]
 ) -> list[Stratum]:
     """Asked items of a task come in the committed order too, so each stratum has a valid test of its own."""
-    whole: dict[str, list[Item]] = defaultdict(list)
+    whole: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in items:
-        whole[item.task].append(item)
+        whole[item.task, primary(panel.metrics, item).name].append(item)
     if len(whole) < 2:
         return []
-    return [
-        _stratum(task, design, whole[task], scores, [p for p in pairs if p.item.task == task])
-        for task in sorted(whole)
-    ]
+    own: dict[tuple[str, str], list[_Pair]] = defaultdict(list)
+    for pair in pairs:
+        own[pair.item.task, pair.metric.name].append(pair)
+    return [_stratum(header, panel, task, whole[task], own[task]) for task in sorted(whole)]
 
 
 def _stratum(
-    task: str, design: Design, items: Sequence[Item], scores: Mapping[str, float], pairs: Sequence[_Pair]
+    header: ProofHeader, panel: Panel, task: tuple[str, str], items: Sequence[Item], pairs: Sequence[_Pair]
 ) -> Stratum:
-    own = design._replace(good=good_difference(items, design.margin))
-    test = SequentialTest([Unit(scores[item.key]) for item in items], own)
+    metric = next(m for m in panel.metrics if m.name == task[1])
+    test = SequentialTest(
+        [Unit(metric.incumbent(item)) for item in items],
+        Design(metric.margin, header.alpha, header.beta, header.candidates, metric.good),
+    )
     for pair in pairs:
         test.observe(Unit(pair.incumbent), pair.candidate)
-    interval: Interval = test.interval()
+    outcome = test.outcome()
+    fails = metric.can_fail or outcome.verdict is Verdict.PASS
     return Stratum(
-        task=task,
+        task=task[0],
+        metric=metric.name,
         asked=len(pairs),
         items=len(items),
         incumbent=_mean(p.incumbent for p in pairs),
         candidate=_mean(p.candidate for p in pairs),
-        difference=min(max(test.difference, interval.low), interval.high),
-        interval=(interval.low, interval.high),
-        verdict=test.verdict,
+        difference=outcome.difference,
+        interval=(outcome.interval.low, outcome.interval.high),
+        verdict=outcome.verdict if fails else Verdict.UNDECIDED,
     )
 
 
 def _guards(pairs: Sequence[_Pair]) -> list[Guard]:
     if not pairs:
         return []
-    json_pairs = [p for p in pairs if p.item.grader == "json"]
+    json_pairs = [p for p in pairs if p.item.wants_json and not p.call.error]
+    tool_pairs = [p for p in pairs if p.item.tools]
     texts = [(p.item.reply.text, p.call.reply.text) for p in pairs if not p.item.reply.tool_calls]
     guards = [
         _rate("errors", [(False, bool(p.call.error)) for p in pairs]),
@@ -276,9 +435,17 @@ def _guards(pairs: Sequence[_Pair]) -> list[Guard]:
             "invalid JSON",
             [(not is_json(p.item.reply.text), not is_json(p.call.reply.text)) for p in json_pairs],
         ),
+        _rate(
+            "invalid tool calls",
+            [(_broken_calls(p.item, p.item), _broken_calls(p.item, p.call)) for p in tool_pairs],
+        ),
         _latency(pairs),
     ]
     return [guard for guard in guards if guard is not None]
+
+
+def _broken_calls(item: Item, answer: Item | Call) -> bool:
+    return not calls_exist(answer.reply.tool_calls, item.tools)
 
 
 def _cut(answer: Item | Call) -> bool:
@@ -317,6 +484,7 @@ def _examples(pairs: Sequence[_Pair]) -> list[Example]:
             prompt=p.item.prompt,
             expected=p.item.expected,
             agreement=p.item.agreement,
+            metric=p.metric.name,
             incumbent=_shown(p.item),
             incumbent_score=p.incumbent,
             candidate=p.call.error or _shown(p.call),
@@ -331,23 +499,30 @@ def _shown(answer: Item | Call) -> str:
     return "\n".join(part for part in (answer.reply.text, calls) if part)
 
 
+def _graded(pairs: Sequence[_Pair]) -> Sequence[_Pair]:
+    """Those whose right answer is known; all where none is: likeness completes no task."""
+    return [p for p in pairs if not p.item.agreement] or pairs
+
+
 def _incumbent_tokens(pairs: Sequence[_Pair]) -> Tokens:
-    used = [p.item.usage for p in pairs if p.item.usage is not None]
+    known = _graded(pairs)
+    used = [p.item.usage for p in known if p.item.usage is not None]
     return Tokens(
-        calls=len(pairs),
-        attempts=len(pairs),
+        calls=len(known),
+        attempts=len(known),
         prompt=sum(u.prompt_tokens for u in used),
         completion=sum(u.completion_tokens for u in used),
-        completed=sum(p.incumbent >= SUCCESS for p in pairs),
+        completed=sum(p.incumbent >= SUCCESS for p in known if not p.item.agreement),
     )
 
 
 def _candidate_tokens(pairs: Sequence[_Pair]) -> Tokens:
-    used = [p.call.usage for p in pairs if p.call.usage is not None]
+    known = _graded(pairs)
+    used = [p.call.usage for p in known if p.call.usage is not None]
     return Tokens(
-        calls=len(pairs),
-        attempts=sum(p.call.attempts for p in pairs),
+        calls=len(known),
+        attempts=sum(p.call.attempts for p in known),
         prompt=sum(u.prompt_tokens for u in used),
         completion=sum(u.completion_tokens for u in used),
-        completed=sum(p.candidate >= SUCCESS for p in pairs),
+        completed=sum(p.candidate >= SUCCESS for p in known if not p.item.agreement),
     )

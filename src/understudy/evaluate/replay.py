@@ -2,22 +2,25 @@
 
 The order is committed in the evidence file's header before the first call. Calls run side by side but count
 in that order, so what answers fast gains no weight; calls still in flight at the verdict are finished,
-recorded and counted as paid. An item already in the evidence is never called again. It ignores what the
-answers prove (proof) and what the incumbent costs: its answers are recorded.
+recorded and counted as paid. Where nobody knows what is right a judge, if there is one, compares both answers
+before the item counts. An item already in the evidence is never called again, nor judged again. It ignores
+what the answers prove (proof) and what the incumbent costs: its answers are recorded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from understudy import config
 from understudy.endpoint import Endpoint
 from understudy.errors import EndpointError, InputError
+from understudy.evaluate.asking import MISCONFIGURED, asked
 from understudy.evaluate.evidence import (
     EXCHANGES,
     Call,
@@ -33,21 +36,22 @@ from understudy.evaluate.evidence import (
     write_exchanges,
 )
 from understudy.evaluate.grade import Reply, grade, reply_of
-from understudy.evaluate.proof import Proof, good_difference, judge
-from understudy.evaluate.sequential import Design, SequentialTest, Unit, Verdict, shuffled
+from understudy.evaluate.judge import Judgement, Umpire, header_of
+from understudy.evaluate.metrics import EVEN, Metric, metrics_of
+from understudy.evaluate.panel import Panel, Rates
+from understudy.evaluate.proof import Proof, awaits_judge, weigh
+from understudy.evaluate.sequential import Verdict, shuffled
 from understudy.evaluate.thrift import CACHED, Price, Purse
 from understudy.evaluate.workers import side_by_side
-from understudy.protocol import Answer, Json, Usage
+from understudy.protocol import Answer, Usage
 from understudy.traffic.sample import Exchange
 
-MISCONFIGURED = frozenset({401, 403, 404})
-"""Statuses that every further call would meet too: the run stops instead of scoring them 0."""
+DISAGREES = 0.2
+"""Share of items on which an imagined candidate as good as the incumbent answers otherwise."""
 SILENCES = 3
 """Calls in a row without any answer after which the endpoint counts as gone."""
 REPEATED_ITEMS = 20
 """Questions asked again where repeats are wanted: the first of the committed order."""
-STRIPPED = ("stream", "stream_options", "store", "metadata", "user", "service_tier")
-"""Fields of a recorded request that say how it was carried, not what was asked."""
 
 
 class Progress(NamedTuple):
@@ -63,6 +67,15 @@ class Progress(NamedTuple):
 Report = Callable[[Progress], None]
 
 
+class Bench(NamedTuple):
+    """The judge of a run."""
+
+    endpoint: Endpoint
+    retires: str = ""
+    """ISO date on which the judge itself retires, where known."""
+    price: Price | None = None
+
+
 async def prove(
     candidate: Endpoint,
     exchanges: Sequence[Exchange],
@@ -72,24 +85,54 @@ async def prove(
     candidates: int = 1,
     progress: Report | None = None,
     price: Price | None = None,
+    judge: Bench | None = None,
 ) -> Proof:
     """Replay ``exchanges`` to ``candidate`` until PASS, FAIL or the end of the budget.
 
     ``evidence`` is a folder; `exchanges.jsonl` is frozen there at the first run. ``candidates`` is how many
     are tried side by side. ``price`` is what a call costs, needed where ``settings.budget_usd`` is set: the
-    money ends the run as a budget in calls does. Raises EndpointError when the endpoint is gone or
-    misconfigured (what was paid is kept) and InputError when the evidence at hand belongs to another question
-    or no price is known.
+    money ends the run as a budget in calls does, the judge's included. Without ``judge`` the items whose
+    right answer nobody knows are only held against the incumbent's own words. Raises EndpointError when an
+    endpoint is gone or misconfigured (what was paid is kept) and InputError when the evidence at hand belongs
+    to another question or no price is known.
     """
     items = write_exchanges(evidence, exchanges)
+    if judge is None:
+        settings = msgspec.structs.replace(settings, judge="")
     header = _header(candidate.name, exchanges, items, settings, candidates, evidence)
     path = evidence / file_name(candidate.name)
     known = _known(path, header)
-    replay = _Replay(candidate, exchanges, items, header, known, progress)
+    umpire = _umpire(judge, header, exchanges, evidence)
+    replay = _Replay(candidate, exchanges, items, header, known, progress, umpire)
     replay.purse = _purse(candidate.name, settings, price, known)
-    with Journal(path, header) as journal:
-        await replay.run(journal, settings.concurrency)
-    return judge(header, items, replay.calls.values())
+    replay.judge_price = judge.price if judge else None
+    replay.charge_for(umpire.known if umpire else [])
+    try:
+        with Journal(path, header) as journal:
+            await replay.run(journal, settings.concurrency)
+    finally:
+        if umpire is not None:
+            umpire.close()
+    return weigh(header, items, replay.calls.values(), replay.preferences)
+
+
+def _umpire(
+    judge: Bench | None, header: ProofHeader, exchanges: Sequence[Exchange], evidence: Path
+) -> Umpire | None:
+    """The judge at work; None where no item needs one."""
+    metric = next((m for m in header.metrics if m.basis == "judge"), None)
+    if judge is None or metric is None:
+        return None
+    judged = header_of(
+        metric.judge,
+        header.candidate,
+        header.incumbent,
+        rubric=metric.rubric,
+        seed=header.seed,
+        evidence=evidence,
+        retires=judge.retires,
+    )
+    return Umpire(judge.endpoint, exchanges, judged, evidence)
 
 
 def _purse(name: str, settings: config.Evaluate, price: Price | None, known: dict[str, Call]) -> Purse | None:
@@ -125,7 +168,7 @@ def _header(
         alpha=settings.alpha,
         beta=settings.beta,
         candidates=candidates,
-        good=good_difference(items, settings.margin),
+        metrics=metrics_of(items, settings),
         budget=settings.budget,
         exchanges_sha256=sha256_of(evidence / EXCHANGES),
     )
@@ -170,23 +213,36 @@ class _Replay:
         header: ProofHeader,
         known: dict[str, Call],
         progress: Report | None,
+        umpire: Umpire | None,
     ) -> None:
         self.calls = known
+        self.preferences: dict[str, float | None] = umpire.preferences if umpire else {}
+        self.purse: Purse | None = None
+        self.judge_price: Price | None = None
         self._candidate = candidate
         self._items = {item.key: item for item in items}
         self._requests = {exchange.key: exchange.request for exchange in exchanges}
-        self._order = shuffled(self._items, header.seed)[: header.budget or None]
-        self._test = SequentialTest([Unit(item.score) for item in items], header.design)
-        self._taken = 0
+        self._order = shuffled(self._items, header.seed)
+        self._budget = header.budget or len(items)
+        self._panel = Panel(header.metrics, items, header.rates)
+        self._umpire = umpire
+        self._next = 0
+        """Place in the order of the next item to take."""
+        self._asked = 0
+        """Items taken."""
+        self._place = 0
+        """Place in the order of the next item to count."""
         self._counted = 0
+        self._pending: set[str] = set()
+        """Taken and not yet counted."""
         self._moved = asyncio.Event()
         self._silent: list[Call] = []
         self._progress = progress
-        self.purse: Purse | None = None
 
     async def run(self, journal: Journal, concurrency: int) -> None:
         """Call until decided; calls in flight at that moment are finished and kept."""
         self._count()
+        self._next, self._asked = self._place, self._counted
         ahead = max(1, concurrency)
         await side_by_side(lambda: self._work(journal, ahead), ahead)
         self._flush(journal)
@@ -194,30 +250,49 @@ class _Replay:
 
     @property
     def _over(self) -> bool:
-        return self._test.decided or self._counted == len(self._order)
+        return self._panel.settled or self._counted == self._budget or self._place == len(self._order)
 
     async def _work(self, journal: Journal, ahead: int) -> None:
         while (key := await self._take(ahead)) is not None:
-            await self._call(key, journal)
+            if key not in self.calls:
+                await self._call(key, journal)
+            if key in self.calls:
+                await self._compare(key)
             self._count()
 
     async def _take(self, ahead: int) -> str | None:
-        """The next key to call; waits while the count lags, so little is paid beyond the verdict."""
-        while not self._over and self._taken < len(self._order):
-            if self._taken >= self._counted + ahead + len(self._silent):
+        """The next key with something to ask; waits while the count lags, so little is paid beyond the
+        verdict."""
+        while not self._over and self._next < len(self._order) and self._asked < self._budget:
+            key = self._order[self._next]
+            if len(self._pending) >= ahead + len(self._silent):
                 self._moved.clear()
                 await self._moved.wait()
-                continue
-            key = self._order[self._taken]
-            if key not in self.calls and not self._affordable(key):
+            elif not self._panel.wants(self._items[key]):
+                self._next += 1
+            elif self._ready(key):
+                self._next, self._asked = self._next + 1, self._asked + 1
+            elif not self._affordable(key):
                 return None
-            self._taken += 1
-            if key not in self.calls:
+            else:
+                self._next, self._asked = self._next + 1, self._asked + 1
+                self._pending.add(key)
                 return key
         return None
 
+    def _ready(self, key: str) -> bool:
+        """Whether an item can be counted as it is."""
+        call = self.calls.get(key)
+        return call is not None and not self._awaits_judge(key, call)
+
+    def _awaits_judge(self, key: str, call: Call) -> bool:
+        return self._umpire is not None and awaits_judge(
+            self._panel, self._items[key], call, self.preferences
+        )
+
     def _affordable(self, key: str) -> bool:
-        return self.purse is None or self.purse.reserve(key, self._items[key].usage)
+        paid = key in self.calls  # it only waits for the judge
+        return paid or self.purse is None or self.purse.reserve(key, self._items[key].usage)
 
     async def _call(self, key: str, journal: Journal) -> None:
         request = self._requests[key]
@@ -229,6 +304,19 @@ class _Replay:
             return
         self._flush(journal)
         self._keep(call_of(self._items[key], answer), journal)
+
+    async def _compare(self, key: str) -> None:
+        """Have the judge compare both answers, where the item needs it."""
+        call = self.calls[key]
+        if self._umpire is None or not self._awaits_judge(key, call):
+            return
+        self.charge_for([await self._umpire.compare(self._items[key], call.reply)])
+
+    def charge_for(self, judgements: Sequence[Judgement]) -> None:
+        """Take what judgements cost out of the purse."""
+        if self.purse is not None and self.judge_price is not None:
+            for said in judgements:
+                self.purse.charge(self.judge_price(said.usage or Usage()) or 0.0)
 
     def _failed(self, key: str, error: EndpointError, journal: Journal) -> None:
         if error.status in MISCONFIGURED:
@@ -256,21 +344,28 @@ class _Replay:
             self.purse.settle(call.key, None if call.cached else call.usage, call.attempts)
 
     def _count(self) -> None:
+        """Count what is there in the committed order, up to the first gap."""
         self._moved.set()
-        while not self._over and (call := self.calls.get(self._order[self._counted])) is not None:
-            item = self._items[call.key]
-            self._test.observe(Unit(item.score), call.score)
-            self._counted += 1
-            if self._progress is not None:
-                now = self._test.path[-1]
-                self._progress(
-                    Progress(now.calls, len(self._items), now.e_pass, now.e_fail, self._test.verdict)
-                )
+        while not self._over:
+            key = self._order[self._place]
+            item = self._items[key]
+            if not self._panel.wants(item):
+                self._place += 1
+                self._pending.discard(key)
+            elif self._ready(key):
+                self._place += 1
+                self._pending.discard(key)
+                self._observe(item, self.calls[key])
+            else:
+                return
 
-
-def asked(request: Json) -> dict[str, Any]:
-    """The recorded request as it is put to a candidate: same parameters, not streamed."""
-    return {name: value for name, value in request.items() if name not in STRIPPED}
+    def _observe(self, item: Item, call: Call) -> None:
+        self._panel.observe(item, lambda m: m.candidate(item, call, self.preferences.get(item.key)))
+        self._counted += 1
+        if self._progress is not None:
+            now = self._panel.tests[self._panel.leading.name].path[-1:]
+            e_pass, e_fail = (now[0].e_pass, now[0].e_fail) if now else (1.0, 1.0)
+            self._progress(Progress(self._counted, len(self._items), e_pass, e_fail, self._panel.verdict))
 
 
 def call_of(item: Item, answer: Answer) -> Call:
@@ -293,6 +388,8 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """What a run would take, before it is paid for."""
 
     items: int
+    rests_on: list[str]
+    """Names of the metrics that a PASS needs."""
     most_calls: int
     expected_if_as_good: float
     """Mean calls if the candidate is as good as the incumbent and disagrees on a fifth of the items."""
@@ -305,6 +402,9 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens_most: int
     repeat_calls: int = 0
     """Calls that repeats would add at most, over candidates and incumbent."""
+    judge_calls: float = 0.0
+    """Comparisons expected of the judge, per candidate."""
+    judge_calls_most: int = 0
     usd: float | None = None
     """Expected of the dearest candidate, at `expected_if_as_good` calls; None when a price is not known."""
     usd_most: float | None = None
@@ -319,21 +419,23 @@ def forecast(
     prices: Sequence[Price] = (),
     runs: int = 20,
 ) -> Forecast:
-    """Calls and tokens a run would take, by playing the test on imagined candidates; nothing is called."""
+    """Calls and tokens a run would take, by playing the tests on imagined candidates; nothing is called."""
     items = [item_of(exchange) for exchange in exchanges]
     most = min(settings.budget or len(items), len(items))
-    design = Design(
-        settings.margin, settings.alpha, settings.beta, candidates, good_difference(items, settings.margin)
-    )
-    good = _imagined(items, design, most, worse=-design.good, runs=runs)
+    metrics = metrics_of(items, settings)
+    rates = Rates(settings.alpha, settings.beta, candidates)
+    good = _imagined(items, metrics, rates, most, worse=0.0, runs=runs)
+    bad = _imagined(items, metrics, rates, most, worse=3 * settings.margin, runs=runs)
     usages = [item.usage for item in items if item.usage is not None]
     prompt = sum(u.prompt_tokens for u in usages) / max(len(usages), 1)
     completion = sum(u.completion_tokens for u in usages) / max(len(usages), 1)
+    judged = sum(any(m.basis == "judge" and m.scores(item) for m in metrics) for item in items)
     return Forecast(
         items=len(items),
+        rests_on=[m.name for m in metrics if m.required],
         most_calls=most,
         expected_if_as_good=good,
-        expected_if_worse=_imagined(items, design, most, worse=3 * design.margin, runs=runs),
+        expected_if_worse=bad,
         prompt_tokens=prompt * good,
         completion_tokens=completion * good,
         prompt_tokens_most=round(prompt * most),
@@ -341,6 +443,8 @@ def forecast(
         usd=_dearest(prices, usages, good),
         usd_most=_dearest(prices, usages, most),
         repeat_calls=(repeats - 1) * min(REPEATED_ITEMS, len(items)) * (candidates + 1),
+        judge_calls=good * judged / len(items),
+        judge_calls_most=min(judged, most),
     )
 
 
@@ -353,17 +457,43 @@ def _dearest(prices: Sequence[Price], usages: Sequence[Usage], calls: float) -> 
     return max(known) / len(usages) * calls
 
 
-def _imagined(items: Sequence[Item], design: Design, most: int, *, worse: float, runs: int) -> float:
-    import random
+class _Imagined(NamedTuple):
+    """What becomes of one item with an imagined candidate."""
 
+    item: Item
+    answered: Item
+    """Whose score it gets: the item's own, or another's."""
+    lost: bool
+    preferred: float
+    """By a judge, where it answers otherwise."""
+
+    def score(self, metric: Metric) -> float:
+        if self.lost:
+            return 0.0
+        if metric.basis == "judge":
+            return EVEN if self.answered is self.item else self.preferred
+        if not metric.can_fail:
+            return metric.incumbent(self.item) - metric.margin / 2.0
+        return metric.incumbent(self.answered if metric.scores(self.answered) else self.item)
+
+
+def _imagined(
+    items: Sequence[Item], metrics: Sequence[Metric], rates: Rates, most: int, *, worse: float, runs: int
+) -> float:
+    """Mean calls to a candidate that loses what it had on a share ``worse`` of the items."""
     total = 0
     for run in range(runs):
         rng = random.Random(run)  # noqa: S311  (a simulation)
-        scores = [item.score for item in items]
-        test = SequentialTest([Unit(score) for score in scores], design)
-        for score in rng.sample(scores, most):
-            other = rng.choice(scores) if rng.random() < 0.2 else score
-            if test.observe(Unit(score), 0.0 if rng.random() < worse else other) is not Verdict.UNDECIDED:
+        panel = Panel(metrics, items, rates)
+        put = 0
+        for item in rng.sample(items, len(items)):
+            if panel.settled or put == most:
                 break
-        total += test.calls
+            if panel.wants(item):
+                put += 1
+                other = rng.choice(items) if rng.random() < DISAGREES else item
+                panel.observe(
+                    item, _Imagined(item, other, rng.random() < worse, rng.choice((0.0, 1.0))).score
+                )
+        total += put
     return total / runs

@@ -1,11 +1,14 @@
-"""The certificate as a page: one self-contained HTML file, no script, no external resource.
+"""The certificate as a page: one self-contained HTML file, no external resource.
 
-Everything shown is taken from the certificate and escaped; recorded text is hostile input. Plots are drawn
-here as coordinates and become inline SVG in the template. It ignores how numbers came about (certificate).
+Everything shown is taken from the certificate and escaped; recorded text is hostile input. The one script is
+our own, filters what is on the page, and is let through by its hash alone; without it nothing is missing.
+Plots are drawn here as coordinates and become inline SVG in the template. It ignores how numbers came about
+(certificate).
 """
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import hashlib
 import math
@@ -14,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from understudy.evaluate.metrics import RESTS_ON
 from understudy.evaluate.sequential import Verdict
 
 if TYPE_CHECKING:
@@ -81,8 +85,12 @@ def render(certificate: Certificate, encoded: bytes) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(points=points, share=share, usd=usd, count=count, day=day, e_value=e_value)
+    script = (TEMPLATES / "filter.js").read_text(encoding="utf-8")
     return environment.get_template("certificate.html").render(
         certificate=certificate,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        rests_on=RESTS_ON,
         digest=hashlib.sha256(encoded).hexdigest(),
         title=_title(certificate),
         sentence=_sentence(certificate),
@@ -126,15 +134,28 @@ def _meaning(proof: Proof) -> str:
     """The verdict in a sentence, with the numbers that carry it."""
     who, margin = proof.candidate, f"{100 * proof.margin:g} points"
     asked = f"{proof.calls:,} of {proof.items:,} held-out questions"
+    if proof.doubts:
+        return " ".join(proof.doubts)
+    if proof.verdict is Verdict.PASS and _is_likeness(proof):
+        return (
+            f"{who} answers as the incumbent does, within {margin}. {asked} settled that;"
+            f" {_wrong(proof.alpha)}. Whether those answers are right nobody has said."
+        )
     if proof.verdict is Verdict.PASS:
         return f"{who} is not worse by {margin} or more. {asked} settled that; {_wrong(proof.alpha)}."
     if proof.verdict is Verdict.FAIL and proof.calls == proof.items:
         return f"{who} was asked all {proof.items:,} held-out questions and is not within {margin}."
     if proof.verdict is Verdict.FAIL:
-        # where nobody said what is right, all that was measured is agreement
-        what = "does not agree closely enough with" if proof.agreement == 1.0 else "is worse than"
-        return f"{who} {what} the incumbent. {asked} settled that; {_wrong(proof.beta)}."
+        return f"{who} is worse than the incumbent. {asked} settled that; {_wrong(proof.beta)}."
+    if _is_likeness(proof):
+        return f"{who}: all that {asked} tell is how like the incumbent it answers; that alone is no verdict."
     return f"{who}: after {asked} neither “within {margin}” nor “worse” could be ruled out."
+
+
+def _is_likeness(proof: Proof) -> bool:
+    """Whether all that stands for the verdict is agreement with the incumbent."""
+    leading = next(m for m in proof.metrics if m.name == proof.leading)
+    return leading.basis in ("agreement", "structure")
 
 
 def _wrong(rate: float) -> str:
@@ -240,6 +261,8 @@ def seconds(value: float) -> str:
 
 
 def guard(value: float, entry: Guard) -> str:
+    if entry.unit == "usd":
+        return usd(value)
     return seconds(value) if entry.unit == "seconds" else share(value)
 
 
@@ -270,7 +293,7 @@ def e_plot(proof: Proof) -> EPlot:
     highest = math.log10(max(pass_at, fail_at)) + 0.45
     seen = [v for p in proof.path for v in (p.e_pass, p.e_fail) if v is not None]
     lowest = max(-3.0, min([-1.0, *(math.log10(v) for v in seen if v > 0)]))
-    last = max(proof.calls, 1)
+    last = max(proof.path[-1].calls if proof.path else 0, 1)
 
     def x(calls: float) -> float:
         return round(left + (right - left) * calls / last, 1)

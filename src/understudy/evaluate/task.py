@@ -21,17 +21,17 @@ from understudy.evaluate.evidence import Call, Item
 from understudy.evaluate.grade import grade
 from understudy.evaluate.performance import ModelSheet, usd_of
 from understudy.evaluate.proof import SUCCESS, Proof, score_of
-from understudy.evaluate.sequential import shuffled
 from understudy.protocol import Usage
 
 NORMAL_95 = 1.959963984540054
 
 
 class TaskFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One arm on the asked items; intervals are of 95%."""
+    """One arm on the answered items whose right answer is known; intervals are of 95%."""
 
     model: str
     calls: int
+    """Items; 0 where no right answer is known."""
     completed: int
     """Calls whose score is at least proof.SUCCESS."""
     completion: float
@@ -110,13 +110,15 @@ def wilson(done: int, of: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def of_incumbent(proof: Proof, items: Mapping[str, Item], sheet: ModelSheet) -> TaskFigures:
-    """The incumbent on the items that a proof asked."""
+def of_incumbent(
+    proof: Proof, items: Mapping[str, Item], calls: Mapping[str, Call], sheet: ModelSheet
+) -> TaskFigures:
+    """The incumbent on the items that a candidate answered."""
     return figures(
         proof.incumbent,
         [
             Attempted(item.cluster or item.key, _usd(sheet, item.usage, 1), _right(item))
-            for item in _asked(proof, items)
+            for item in _graded(items, calls)
         ],
     )
 
@@ -124,7 +126,7 @@ def of_incumbent(proof: Proof, items: Mapping[str, Item], sheet: ModelSheet) -> 
 def of_candidate(
     proof: Proof, items: Mapping[str, Item], calls: Mapping[str, Call], sheet: ModelSheet
 ) -> TaskFigures:
-    """A candidate on the items it was asked; a call that brought no usage cost nothing that is known."""
+    """A candidate on the items it answered; a call that brought no usage cost nothing that is known."""
     return figures(
         proof.candidate,
         [
@@ -133,13 +135,14 @@ def of_candidate(
                 _usd(sheet, calls[item.key].usage, calls[item.key].attempts),
                 score_of(item, calls[item.key]) >= SUCCESS,
             )
-            for item in _asked(proof, items)
+            for item in _graded(items, calls)
         ],
     )
 
 
-def _asked(proof: Proof, items: Mapping[str, Item]) -> list[Item]:
-    return [items[key] for key in shuffled(items, proof.seed)[: proof.calls]]
+def _graded(items: Mapping[str, Item], calls: Mapping[str, Call]) -> list[Item]:
+    """Answered items whose right answer is known: being like the incumbent completes no task."""
+    return [item for key, item in items.items() if key in calls and not item.agreement]
 
 
 def _right(item: Item) -> bool:

@@ -144,6 +144,10 @@ class Purse:
         self._held[key] = guess
         return True
 
+    def charge(self, usd: float) -> None:
+        """Count what something besides the calls has cost: the judge."""
+        self.spent += usd
+
     def settle(self, key: str, usage: Usage | None, attempts: int) -> None:
         """Put what a call cost in the place of what was held; every attempt counts as billed."""
         self._held.pop(key, None)

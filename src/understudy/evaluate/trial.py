@@ -11,6 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from understudy.evaluate.evidence import (
 )
 from understudy.evaluate.flicker import measure
 from understudy.evaluate.judge import header_of, judge_pairs, refuse_kin
-from understudy.evaluate.replay import Progress, prove
+from understudy.evaluate.replay import Bench, Progress, prove
 from understudy.evaluate.thrift import CachedEndpoint, PacedEndpoint, Price
 from understudy.protocol import Usage
 from understudy.traffic.sample import Exchange, exchanges, sample_hash, shapes, split
@@ -129,8 +130,10 @@ async def evaluate(
     if settings.judge:
         refuse_kin(settings.judge, [incumbent_of(sample), *targets])
     plan = _plan(loaded, alias, incumbent_of(sample), targets, out)
-    for client in clients:
-        async with client:
+    async with AsyncExitStack() as stack:
+        judge = await _bench(loaded, settings, stack)
+        for client in clients:
+            await stack.enter_async_context(client)
             await prove(
                 thrifty(client, loaded, settings),
                 sample,
@@ -139,6 +142,7 @@ async def evaluate(
                 candidates=len(targets),
                 progress=_named(progress, client.name),
                 price=price_of(loaded, client.name),
+                judge=judge,
             )
     if repeats > 1:
         await _repeat(loaded, [incumbent_of(sample), *targets], sample, settings, out, repeats)
@@ -148,6 +152,16 @@ async def evaluate(
     fallbacks = loaded.aliases[alias].fallback if alias in loaded.aliases else []
     write_question(out, msgspec.structs.replace(question, fallbacks=fallbacks))
     return write(out)
+
+
+async def _bench(loaded: config.Config, settings: config.Evaluate, stack: AsyncExitStack) -> Bench | None:
+    """The config's judge, connected for as long as ``stack`` is open."""
+    if not settings.judge:
+        return None
+    client = await stack.enter_async_context(connect(loaded, settings.judge))
+    return Bench(
+        thrifty(client, loaded, settings), _retires(loaded, settings.judge), price_of(loaded, settings.judge)
+    )
 
 
 async def _repeat(

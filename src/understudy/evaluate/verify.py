@@ -12,7 +12,7 @@ from typing import Any, cast
 import msgspec
 
 from understudy.errors import EvidenceError, InputError
-from understudy.evaluate.certificate import FORMATS, Certificate, build, encode
+from understudy.evaluate.certificate import FORMAT, Certificate, build, encode
 from understudy.evaluate.evidence import sha256_of
 from understudy.evaluate.report import digest_on, render
 from understudy.protocol import Json
@@ -27,7 +27,7 @@ def verify(path: Path) -> str:
     claimed, raw = _claimed(path)
     changed = _changed_files(claimed, path.parent)
     try:
-        built = encode(build(path.parent, str(claimed["format"])))
+        built = encode(build(path.parent))
     except EvidenceError as error:
         raise EvidenceError(str(path), [*changed, *error.differences]) from error
     differences = [*changed, *_differences(claimed, msgspec.json.decode(built))]
@@ -45,8 +45,12 @@ def _claimed(path: Path) -> tuple[Json, bytes]:
         raise InputError(f"{path}: {error.strerror}", expected="a certificate.json") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}", expected="a certificate.json") from error
-    if claimed.get("format") not in FORMATS:
-        raise InputError(f"{path}: format {claimed.get('format')!r}", expected=" or ".join(FORMATS))
+    if claimed.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: format {claimed.get('format')!r}",
+            expected=FORMAT,
+            next_step="verify an older one with the version of Understudy that it names",
+        )
     return claimed, raw
 
 

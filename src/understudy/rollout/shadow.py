@@ -21,8 +21,8 @@ import msgspec
 from understudy.config import Rollout
 from understudy.endpoint import Endpoint
 from understudy.errors import EndpointError
+from understudy.evaluate.asking import asked
 from understudy.evaluate.evidence import finish_reason
-from understudy.evaluate.replay import asked
 from understudy.evaluate.workers import side_by_side
 from understudy.rollout.evidence import graded, useless
 from understudy.rollout.standing import Pair

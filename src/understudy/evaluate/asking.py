@@ -1,0 +1,20 @@
+"""A recorded request as it is put to another model, and which refusals end a run.
+
+It ignores who asks (replay, flicker, judge) and what comes back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from understudy.protocol import Json
+
+MISCONFIGURED = frozenset({401, 403, 404})
+"""Statuses that every further call would meet too: the run stops instead of scoring them 0."""
+STRIPPED = ("stream", "stream_options", "store", "metadata", "user", "service_tier")
+"""Fields of a recorded request that say how it was carried, not what was asked."""
+
+
+def asked(request: Json) -> dict[str, Any]:
+    """The recorded request as it is put to a candidate: same parameters, not streamed."""
+    return {name: value for name, value in request.items() if name not in STRIPPED}
