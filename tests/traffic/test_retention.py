@@ -155,8 +155,8 @@ def test_everything_forgotten_leaves_nothing(store: Store, make_call: MakeCall) 
     assert store.forget(calls[-1].at + 1) == 4
     assert store.sweep(limit=3) > 5
     assert store.counts() == EMPTY
-    tables = ("digests", "lifts", "released")
-    assert [store._database.query(f"SELECT COUNT(*) FROM {t}")[0][0] for t in tables] == [0, 0, 0]
+    for table in ("digests", "lifts", "links", "released", "bundles"):
+        assert store._database.query(f"SELECT COUNT(*) FROM {table}")[0][0] == 0
     # and the store is as good as new
     store.insert(calls, "t", 1)
     assert texts(store) == {c.key: (c.request, c.response) for c in calls}
@@ -198,6 +198,9 @@ UNDONE = (
         f"ALTER TABLE calls DROP COLUMN {column}"
         for column in ("cached_audio_tokens", "cache_write_1h_tokens")
     ),
+    "DROP TABLE bundles",
+    "DROP TABLE links",
+    "ALTER TABLE digests DROP COLUMN answer",
 )
 """The steps that came after retention, taken back."""
 
@@ -212,7 +215,7 @@ def test_a_text_named_by_calls_of_an_older_store_is_never_deleted(
         first = make_call(request=body("one", **tools))
         store.insert([first], "s", 1)
         # as the version before left it: nobody noted who names whom
-        for sql in (*UNDONE, "DROP TABLE lifts", "DROP TABLE released", "DROP INDEX blobs_by_parent"):
+        for sql in (*UNDONE, "DROP TABLE lifts", "DROP TABLE released"):
             store._database.execute(sql)
         store._database.execute("DELETE FROM schema_history WHERE version > ?", (before,))
     old = SqliteDatabase(path)

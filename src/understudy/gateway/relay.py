@@ -289,10 +289,11 @@ class Exchange:
         cut = f"record cut at {TAP_BYTES} bytes of {self._tapped}" if self._tapped > TAP_BYTES else ""
         self._note(self._target, self._status, "yes" if self._status < 400 else "no", cut)
         recorder = self._plane.recorder
+        # kept first: a process that is killed then loses no call whose answer anybody has
         if not recorder.strict:
+            self._end(self._status)
             self._client.write(last)
             self._client.finish(self._keep)
-            self._end(self._status)
         elif self._end(self._status) or recorder.writer.on_full != "refuse":
             recorder.durable().add_done_callback(lambda done: self._acknowledge(done, last))
         else:

@@ -317,6 +317,25 @@ M019_ADD_CACHE_DETAILS = Migration(
     ),
 )
 
+M020_CREATE_BUNDLES = Migration(
+    "m020_create_bundles",
+    (
+        # many texts deflated together; those of a bundle have no rows of their own in blobs
+        "CREATE TABLE bundles (first INTEGER PRIMARY KEY, last INTEGER NOT NULL, leaves INTEGER NOT NULL, "
+        "data BLOB NOT NULL)",
+        # texts kept so far stay where they are: an empty bundle says up to where
+        "INSERT INTO bundles SELECT MAX(id), MAX(id), 0, CAST('' AS BLOB) FROM blobs HAVING COUNT(*) > 0",
+        "CREATE TABLE links (parent INTEGER NOT NULL, blob INTEGER NOT NULL, PRIMARY KEY (parent, blob)) "
+        "WITHOUT ROWID",
+        "INSERT INTO links SELECT parent, id FROM blobs WHERE parent > 0",
+        # an answer is found with the conversation it ends, not by an index of its own
+        "ALTER TABLE digests ADD COLUMN answer INTEGER NOT NULL DEFAULT 0",
+        "UPDATE digests SET answer = "
+        "COALESCE((SELECT MAX(id) FROM blobs WHERE blobs.parent = -digests.blob), 0)",
+        "DROP INDEX blobs_by_parent",
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -338,6 +357,7 @@ HISTORY = (
     M017_ADD_CANDIDATES,
     M018_ADD_DEADLINES,
     M019_ADD_CACHE_DETAILS,
+    M020_CREATE_BUNDLES,
 )
 
 

@@ -1,17 +1,19 @@
-"""Requests and answers in the tables ``blobs`` and ``digests``: put on the shelf in batches, read by page.
+"""Requests and answers in the tables ``blobs`` and ``bundles``: put on the shelf in batches, read by page.
 
-The blob of an answer has as its parent, with a minus, the last message it answers: so the next turn finds it.
-What no call has any more is released, and swept when no other call turns out to share it. It ignores how a
-body is cut and joined (texts) and which call it belongs to (store). What is said here holds within a
-transaction of the caller's.
+What is new stands in ``blobs`` until it fills a bundle, which is bound as one row; a text is found by its
+id in either. ``digests`` finds texts that are there already, and the last answer to a conversation, for it
+mostly comes back in the next turn. What no call has any more is released, and swept when no other call
+turns out to share it. It ignores how a body is cut and joined (texts), how leaves are bound (bundles) and
+which call a body belongs to (store). What is said here holds within a transaction of the caller's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from understudy.traffic import texts
+from understudy.traffic.bundles import Leaf, bind, bundled, unbind
 from understudy.traffic.texts import Cut
 
 if TYPE_CHECKING:
@@ -36,6 +38,14 @@ class Bodies(NamedTuple):
     response: bytes
 
 
+class Known(NamedTuple):
+    """A text that is there already."""
+
+    blob: int
+    answer: int = 0
+    """The last answer to the conversation that ends in it; 0 for none."""
+
+
 class Shelf:
     """Reads and writes bodies."""
 
@@ -45,173 +55,253 @@ class Shelf:
     def put(self, bodies: Sequence[Bodies]) -> list[Place]:
         """Keep bodies; what is there already is not written again."""
         pieces = [texts.cut(b.request) if b.request else None for b in bodies]
-        batch = _Batch(self._known(_digests(pieces)), self._next_id(), self._answers_to)
+        known = _known(self._database, _digests(pieces))
+        batch = _Batch(known, self._next_id(), _Reader(self._database))
         places = [batch.place(cut, b.response) for cut, b in zip(pieces, bodies, strict=True)]
-        self._database.many("INSERT INTO blobs (id, parent, data) VALUES (?, ?, ?)", batch.blobs)
-        self._database.many("INSERT INTO digests (digest, blob) VALUES (?, ?)", batch.digests)
-        self._database.many("INSERT INTO lifts (blob, lifted) VALUES (?, ?)", sorted(batch.lifts))
+        self._keep(batch.leaves)
+        many = self._database.many
+        many("INSERT INTO digests (digest, blob, answer) VALUES (?, ?, ?)", batch.new_digests())
+        many("UPDATE digests SET answer = ? WHERE digest = ?", batch.new_answers())
+        many("INSERT INTO lifts (blob, lifted) VALUES (?, ?)", sorted(batch.lifts))
+        links = [(leaf.parent, leaf.id) for leaf in batch.leaves if leaf.parent]
+        many("INSERT INTO links (parent, blob) VALUES (?, ?)", sorted(links))
         return places
+
+    def _keep(self, leaves: Sequence[Leaf]) -> None:
+        """Bind what fills bundles, together with what was left loose before; the rest is loose."""
+        bound = self._last_bound()
+        sql = "SELECT id, parent, data FROM blobs WHERE id > ? ORDER BY id"
+        before = [Leaf(row[0], row[1], bytes(row[2])) for row in self._database.query(sql, (bound,))]
+        bundles, loose = bundled([*before, *leaves])
+        if bundles:
+            sql = "DELETE FROM blobs WHERE id > ? AND id <= ?"
+            self._database.execute(sql, (bound, bundles[-1].last))
+        sql = "INSERT INTO bundles (first, last, leaves, data) VALUES (?, ?, ?, ?)"
+        self._database.many(sql, bundles)
+        new = {leaf.id for leaf in leaves}
+        sql = "INSERT INTO blobs (id, parent, data) VALUES (?, ?, ?)"
+        self._database.many(sql, [leaf for leaf in loose if leaf.id in new])
 
     def get(self, places: Sequence[Place]) -> list[Bodies | None]:
         """Bodies byte for byte as they were put; None for those deleted since their place was read."""
-        nodes = self._load(places)
-        return [self._whole(place, nodes) for place in places]
+        reader = _Reader(self._database)
+        reader.load(blob for place in places for blob in place if blob)
+        return [_whole(place, reader) for place in places]
 
     def release(self, places: Sequence[Place]) -> None:
-        """The calls at these places are gone: delete their answers, and note what they may have shared."""
-        for answers in chunks([place.response for place in places if place.response]):
-            self._release_answers(answers)
-        for ends in chunks([blob for place in places for blob in place[:2] if blob]):
-            sql = (
-                f"WITH RECURSIVE chain (id) AS (SELECT id FROM blobs WHERE id IN ({marks(ends)}) UNION "  # noqa: S608
-                "SELECT blobs.parent FROM blobs JOIN chain ON blobs.id = chain.id WHERE blobs.parent > 0) "
-                "INSERT INTO released SELECT id FROM chain WHERE true ON CONFLICT (blob) DO NOTHING"
-            )
-            self._database.execute(sql, ends)
-
-    def _release_answers(self, answers: Sequence[int]) -> None:
-        """An answer that a later turn is compressed against stays as long as that turn."""
-        sql = f"SELECT DISTINCT lifted FROM lifts WHERE lifted IN ({marks(answers)})"  # noqa: S608 only "?"
-        needed = [(row[0],) for row in self._database.query(sql, answers)]
-        self._database.many("INSERT INTO released VALUES (?) ON CONFLICT (blob) DO NOTHING", needed)
-        for gone in chunks(sorted(set(answers) - {row[0] for row in needed})):
-            self._database.execute(f"DELETE FROM blobs WHERE id IN ({marks(gone)})", gone)  # noqa: S608
+        """The calls at these places are gone: note what they may have shared with others."""
+        reader = _Reader(self._database)
+        ends = {blob for place in places for blob in place if blob}
+        reader.load(ends, answers=False)
+        gone = [(blob,) for blob in sorted({one for end in ends for one in reader.chain(end)})]
+        self._database.many("INSERT INTO released VALUES (?) ON CONFLICT (blob) DO NOTHING", gone)
 
     def settle(self) -> None:
         """Of what was released keep what is still in use; hide the rest, so that no new call can share it."""
-        for sql in _SETTLE:
+        for sql in _USED_BY_CALLS:
+            self._database.execute(sql)
+        # each round climbs one step of every conversation that goes on from a released text
+        while sum([self._database.execute(sql) for sql in _USED_BY_TEXTS]):
+            pass
+        for sql in _HIDE:
             self._database.execute(sql)
 
     def sweep(self, limit: int) -> int:
         """Delete up to ``limit`` settled blobs; returns how many."""
-        gone = [row[0] for row in self._database.query("SELECT blob FROM released LIMIT ?", (limit,))]
+        sql = "SELECT blob FROM released ORDER BY blob LIMIT ?"
+        gone = [row[0] for row in self._database.query(sql, (limit,))]
         for part in chunks(gone):
-            for table, column in (("blobs", "id"), ("released", "blob")):
-                self._database.execute(f"DELETE FROM {table} WHERE {column} IN ({marks(part)})", part)  # noqa: S608
+            self._delete(part)
         return len(gone)
 
-    def _whole(self, place: Place, nodes: dict[int, _Blob]) -> Bodies | None:
-        try:
-            return self._bodies(place, nodes)
-        except KeyError:
-            return None
-
-    def _bodies(self, place: Place, nodes: dict[int, _Blob]) -> Bodies:
-        chain: list[bytes] = []
-        at = place.messages or 0
-        while at:
-            chain.append(nodes[at].data)
-            at = nodes[at].parent
-        request = b"" if place.frame is None else self._request(nodes[place.frame].data, chain[::-1])
-        return Bodies(request, nodes[place.response].data if place.response else b"")
-
-    def _answers_to(self, head: int) -> Iterator[tuple[int, bytes]]:
-        """Blobs of the first few answers to a conversation that ends in ``head``, with what they said."""
-        sql = "SELECT id, data FROM blobs WHERE parent = ? ORDER BY id LIMIT 4"
-        for blob, stored in self._database.query(sql, (-head,)):
-            yield blob, texts.spoken_in(bytes(stored))
-
-    def _request(self, frame: bytes, chain: list[bytes]) -> bytes:
-        return texts.join(frame, chain, self._lifted)
-
-    def _lifted(self, digest: bytes) -> bytes:
-        blob = self._known([digest])[digest]
-        return self._load([Place(blob, None, None)])[blob].data
-
-    def _load(self, places: Iterable[Place]) -> dict[int, _Blob]:
-        """All blobs of these places; a chain is followed one parent per round, all calls side by side."""
-        rows: dict[int, tuple[int, bytes]] = {}
-        asked: set[int] = set()
-        wanted = {blob for place in places for blob in place if blob}
-        while wanted:
-            found: dict[int, tuple[int, bytes]] = {}
-            for ids in chunks(sorted(wanted)):
-                sql = f"SELECT id, parent, data FROM blobs WHERE id IN ({marks(ids)})"  # noqa: S608 only "?"
-                found |= {row[0]: (row[1], bytes(row[2])) for row in self._database.query(sql, ids)}
-            rows |= found
-            asked |= wanted
-            named = {blob for parent, data in found.values() for blob in (parent, texts.named_answer(data))}
-            wanted = {blob for blob in named if blob > 0} - asked
-        return {blob: _unpacked(rows, blob) for blob in rows if _is_whole(rows, blob)}
-
-    def _known(self, digests: Sequence[bytes]) -> dict[bytes, int]:
-        known: dict[bytes, int] = {}
-        for part in chunks(digests):
-            sql = f"SELECT digest, blob FROM digests WHERE digest IN ({marks(part)})"  # noqa: S608 only "?"
-            known |= {bytes(row[0]): row[1] for row in self._database.query(sql, part)}
-        return known
+    def _delete(self, gone: Sequence[int]) -> None:
+        reader = _Reader(self._database)
+        reader.load(gone, answers=False, parents=False)
+        links = [(reader.parent(blob), blob) for blob in gone if reader.parent(blob)]
+        self._database.many("DELETE FROM links WHERE parent = ? AND blob = ?", links)
+        taken = frozenset(gone)
+        for first, leaves in reader.bundles.items():
+            left = [leaf for leaf in leaves if leaf.id not in taken]
+            if len(left) == len(leaves):
+                continue
+            self._database.execute("DELETE FROM bundles WHERE first = ?", (first,))
+            if left:
+                sql = "INSERT INTO bundles (first, last, leaves, data) VALUES (?, ?, ?, ?)"
+                self._database.many(sql, [bind(left)])
+        for table, column in (("blobs", "id"), ("released", "blob")):
+            self._database.execute(f"DELETE FROM {table} WHERE {column} IN ({marks(gone)})", gone)  # noqa: S608
 
     def _next_id(self) -> int:
-        return int(self._database.query("SELECT COALESCE(MAX(id), 0) + 1 FROM blobs")[0][0])
+        loose = self._database.query("SELECT COALESCE(MAX(id), 0) FROM blobs")
+        return max(int(loose[0][0]), self._last_bound()) + 1
+
+    def _last_bound(self) -> int:
+        """The last id in a bundle; what has a greater one is loose."""
+        last = self._database.query("SELECT last FROM bundles ORDER BY first DESC LIMIT 1")
+        return int(last[0][0]) if last else 0
 
 
-_SETTLE = (
+class _Reader:
+    """Blobs as they are asked for, each bundle opened once."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._leaves: dict[int, Leaf] = {}
+        self._absent: set[int] = set()
+        self._lifted: dict[bytes, bytes] = {}
+        self.bundles: dict[int, list[Leaf]] = {}
+        """Those opened, by their first id."""
+
+    def load(self, blobs: Iterable[int], *, parents: bool = True, answers: bool = True) -> None:
+        """Fetch blobs with all that leads up to them and the answers they repeat, side by side."""
+        wanted, followed = set(blobs), {0}
+        while wanted:
+            self._fetch(wanted)
+            followed |= wanted
+            found = [self._leaves[blob] for blob in wanted if blob in self._leaves]
+            wanted = {leaf.parent for leaf in found if leaf.parent > 0} if parents else set()
+            wanted |= {texts.named_answer(leaf.laid) for leaf in found} if answers else set()
+            wanted -= followed
+
+    def _fetch(self, blobs: set[int]) -> None:
+        for part in chunks(sorted(blobs - self._leaves.keys() - self._absent)):
+            sql = f"SELECT id, parent, data FROM blobs WHERE id IN ({marks(part)})"  # noqa: S608 only "?"
+            loose = [Leaf(row[0], row[1], bytes(row[2])) for row in self._database.query(sql, part)]
+            self._leaves |= {leaf.id: leaf for leaf in loose}
+            self._open([blob for blob in part if blob not in self._leaves])
+        self._absent |= blobs - self._leaves.keys()
+
+    def _open(self, blobs: Sequence[int]) -> None:
+        """Open the bundles that hold these blobs."""
+        if not blobs:
+            return
+        wanted = ",".join(["(?)"] * len(blobs))
+        sql = (
+            f"SELECT DISTINCT bundles.first, bundles.data FROM (VALUES {wanted}) AS wanted "  # noqa: S608 only "?"
+            "JOIN bundles ON bundles.first = "
+            "(SELECT MAX(b.first) FROM bundles AS b WHERE b.first <= wanted.column1)"
+        )
+        for first, data in self._database.query(sql, blobs):
+            self.bundles[first] = leaves = unbind(first, bytes(data)) if data else []
+            self._leaves |= {leaf.id: leaf for leaf in leaves}
+
+    def parent(self, blob: int) -> int:
+        """The blob that one goes on from; 0 for none, or where it is gone."""
+        leaf = self._leaves.get(blob)
+        return max(0, leaf.parent) if leaf else 0  # older versions noted an answer's question as a minus
+
+    def chain(self, blob: int) -> Iterator[int]:
+        """A blob and what it goes on from, back to the beginning."""
+        while blob:
+            yield blob
+            blob = self.parent(blob)
+
+    def text(self, blob: int) -> bytes:
+        """What a blob says. Raises KeyError where it, or what it was compressed against, is gone."""
+        laid = self._leaves[blob].laid
+        answer = texts.named_answer(laid)
+        return texts.unpack(laid, texts.spoken_in(self._leaves[answer].laid) if answer else b"")
+
+    def spoken(self, answer: int) -> bytes:
+        """What an answer said; empty where it is gone."""
+        self.load([answer])
+        return texts.spoken_in(self._leaves[answer].laid) if answer in self._leaves else b""
+
+    def lifted(self, digest: bytes) -> bytes:
+        """What was lifted out under a digest. Raises KeyError where it is gone."""
+        if digest not in self._lifted:
+            blob = _known(self._database, [digest])[digest].blob
+            self.load([blob])
+            self._lifted[digest] = self.text(blob)
+        return self._lifted[digest]
+
+
+def _known(database: Database, digests: Sequence[bytes]) -> dict[bytes, Known]:
+    known: dict[bytes, Known] = {}
+    for part in chunks(digests):
+        sql = f"SELECT digest, blob, answer FROM digests WHERE digest IN ({marks(part)})"  # noqa: S608 only "?"
+        known |= {bytes(row[0]): Known(row[1], row[2]) for row in database.query(sql, part)}
+    return known
+
+
+def _whole(place: Place, reader: _Reader) -> Bodies | None:
+    try:
+        return _bodies(place, reader)
+    except KeyError:
+        return None
+
+
+def _bodies(place: Place, reader: _Reader) -> Bodies:
+    request = b""
+    if place.frame is not None:
+        nodes = [reader.text(blob) for blob in reader.chain(place.messages or 0)]
+        request = texts.join(reader.text(place.frame), nodes[::-1], reader.lifted)
+    return Bodies(request, reader.text(place.response) if place.response else b"")
+
+
+_USED_BY_CALLS = (
     # what a released blob names is released with it, where all who name it are known
     "INSERT INTO released SELECT DISTINCT lifted FROM lifts WHERE blob IN (SELECT blob FROM released) AND "
     "lifted > (SELECT COALESCE(MAX(lifted), 0) FROM lifts WHERE blob = 0) ON CONFLICT (blob) DO NOTHING",
-    # in use: of a call, or followed by a blob that was not released; and then so is all that leads up to it
-    "WITH RECURSIVE used (blob) AS ("
+    "DELETE FROM released WHERE blob IN ("
     "SELECT frame FROM calls WHERE frame IN (SELECT blob FROM released) UNION "
     "SELECT messages FROM calls WHERE messages IN (SELECT blob FROM released) UNION "
-    "SELECT response FROM calls WHERE response IN (SELECT blob FROM released) UNION "
-    "SELECT parent FROM blobs WHERE parent > 0 AND parent IN (SELECT blob FROM released) "
-    "AND id NOT IN (SELECT blob FROM released) UNION "
-    "SELECT blobs.parent FROM blobs JOIN used ON blobs.id = used.blob WHERE blobs.parent > 0) "
-    "DELETE FROM released WHERE blob IN (SELECT blob FROM used)",
+    "SELECT response FROM calls WHERE response IN (SELECT blob FROM released))",
+)
+_USED_BY_TEXTS = (
+    # a blob that is in use goes on from its parent, and names what was lifted out of it
+    "DELETE FROM released WHERE blob IN (SELECT parent FROM links "
+    "WHERE parent IN (SELECT blob FROM released) AND blob NOT IN (SELECT blob FROM released))",
     "DELETE FROM released WHERE blob IN (SELECT lifted FROM lifts "
     "WHERE lifted IN (SELECT blob FROM released) AND blob NOT IN (SELECT blob FROM released))",
+)
+_HIDE = (
     "DELETE FROM lifts WHERE blob IN (SELECT blob FROM released)",
     "DELETE FROM digests WHERE blob IN (SELECT blob FROM released)",
+    "UPDATE digests SET answer = 0 WHERE answer IN (SELECT blob FROM released)",
 )
 
 
-class _Blob(NamedTuple):
-    parent: int
-    data: bytes
-
-
-def _is_whole(rows: dict[int, tuple[int, bytes]], blob: int) -> bool:
-    """Whether what a blob is compressed against is still there."""
-    answer = texts.named_answer(rows[blob][1])
-    return not answer or answer in rows
-
-
-def _unpacked(rows: dict[int, tuple[int, bytes]], blob: int) -> _Blob:
-    parent, stored = rows[blob]
-    answer = texts.named_answer(stored)
-    return _Blob(parent, texts.unpack(stored, texts.spoken_in(rows[answer][1]) if answer else b""))
-
-
 class _Batch:
-    """Rows to write: ids are given out here, under the writer's lock, so that chains need no second trip."""
+    """Leaves to write: ids are given out here, under the writer's lock, so that no second trip is needed."""
 
-    def __init__(
-        self, known: dict[bytes, int], next_id: int, answers_to: Callable[[int], Iterable[tuple[int, bytes]]]
-    ) -> None:
-        self.blobs: list[tuple[int, int, bytes]] = []
-        self.digests: list[tuple[bytes, int]] = []
+    def __init__(self, known: dict[bytes, Known], next_id: int, reader: _Reader) -> None:
+        self.leaves: list[Leaf] = []
         self.lifts: set[tuple[int, int]] = set()
         self._known = known
+        self._old = dict(known)
         self._next_id = next_id
-        self._answers_to = answers_to
-        self._answered: dict[int, list[tuple[int, bytes]]] = {}
-        """Last message of a conversation to the answers it got in this batch."""
+        self._reader = reader
+        self._said: dict[int, bytes] = {}
+        """Answers of this batch as they were laid."""
+
+    def new_digests(self) -> list[tuple[bytes, int, int]]:
+        return [
+            (digest, one.blob, one.answer) for digest, one in self._known.items() if digest not in self._old
+        ]
+
+    def new_answers(self) -> list[tuple[int, bytes]]:
+        """Of conversations known before, the answers they got in this batch."""
+        old = self._old.items()
+        return [(self._known[d].answer, d) for d, one in old if one.answer != self._known[d].answer]
 
     def place(self, cut: Cut | None, response: bytes) -> Place:
         if cut is None:
-            return Place(None, None, self._answer(response, 0))
+            return Place(None, None, self._answer(response))
         for digest, value in cut.lifted.items():
             self._once(digest, value)
         frame, head = self._once(texts.digest_of(cut.frame), cut.frame), self._chain(cut)
-        return Place(frame, head, self._answer(response, head or 0))
+        answer = self._answer(response)
+        if head and answer:
+            self._known[cut.prefixes[-1]] = Known(head, answer)
+        return Place(frame, head, answer)
 
-    def _answer(self, response: bytes, head: int) -> int | None:
+    def _answer(self, response: bytes) -> int | None:
         if not response:
             return None
-        stored = texts.pack_answer(response)
-        blob = self._add(stored, -head)
-        if head:
-            self._answered.setdefault(head, []).append((blob, stored))
+        laid = texts.lay_answer(response)
+        blob = self._add(laid, 0)
+        self._said[blob] = laid
         return blob
 
     def _chain(self, cut: Cut) -> int | None:
@@ -220,37 +310,36 @@ class _Batch:
         length = len(cut.prefixes)
         while length and cut.prefixes[length - 1] not in self._known:
             length -= 1
-        head = self._known[cut.prefixes[length - 1]] if length else 0
-        after = self._repeated(head, cut.messages[length]) if 0 < length < len(cut.messages) else None
+        before = self._known[cut.prefixes[length - 1]] if length else Known(0)
+        follows = 0 < length < len(cut.messages)
+        after = self._repeated(before.answer, cut.messages[length]) if follows else None
+        head = before.blob
         for node in texts.new_nodes(cut, length):
             head, after = self._once(node.digest, node.data, head, after), None
         return head
 
-    def _repeated(self, head: int, message: bytes) -> tuple[int, bytes] | None:
-        """The answer to ``head`` that the message after it repeats, with what it said."""
-        if not texts.is_answer(message):
+    def _repeated(self, answer: int, message: bytes) -> tuple[int, bytes] | None:
+        """The answer that a message repeats, with what it said; None when it says something else."""
+        if not answer or not texts.is_answer(message):
             return None
-        here = ((blob, texts.spoken_in(stored)) for blob, stored in self._answered.get(head, ())[:4])
-        for candidates in (here, self._answers_to(head)):
-            if found := next((one for one in candidates if texts.repeats(message, one[1])), None):
-                return found
-        return None
+        laid = self._said.get(answer)
+        spoken = texts.spoken_in(laid) if laid else self._reader.spoken(answer)
+        return (answer, spoken) if texts.repeats(message, spoken) else None
 
     def _once(
         self, digest: bytes, data: bytes, parent: int = 0, after: tuple[int, bytes] | None = None
     ) -> int:
         if digest not in self._known:
-            stored = texts.pack_after(data, *after) if after else texts.pack(data)
-            self._known[digest] = self._add(stored, parent)
-            self.digests.append((digest, self._known[digest]))
-            named = [*(self._known.get(lifted) for lifted in texts.lifted_in(data)), after and after[0]]
-            self.lifts.update((self._known[digest], blob) for blob in named if blob)
-        return self._known[digest]
+            blob = self._add(texts.lay_after(data, *after) if after else texts.lay(data), parent)
+            self._known[digest] = Known(blob)
+            named = [self._known[lifted].blob for lifted in texts.lifted_in(data) if lifted in self._known]
+            self.lifts.update((blob, one) for one in [*named, *([after[0]] if after else [])])
+        return self._known[digest].blob
 
-    def _add(self, stored: bytes, parent: int) -> int:
+    def _add(self, laid: bytes, parent: int) -> int:
         blob = self._next_id
         self._next_id += 1
-        self.blobs.append((blob, parent, stored))
+        self.leaves.append(Leaf(blob, parent, laid))
         return blob
 
 

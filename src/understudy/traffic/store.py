@@ -423,7 +423,8 @@ class Store:
         sql = "SELECT " + ", ".join(f"(SELECT COUNT(*) FROM {table})" for table in tables)  # noqa: S608 literals
         counts = Counts(*self._database.query(sql)[0])
         plain = self._database.query("SELECT COUNT(*) FROM calls WHERE plain = 1")[0][0]
-        return counts._replace(attempts=counts.attempts + plain)
+        bound = self._database.query("SELECT COALESCE(SUM(leaves), 0) FROM bundles")[0][0]
+        return counts._replace(attempts=counts.attempts + plain, blobs=counts.blobs + int(bound))
 
     # records out of the store for good
 

@@ -201,23 +201,28 @@ _ID_BYTES = 6
 
 
 def pack(data: bytes) -> bytes:
-    """Data as stored, behind one byte that names the codec.
+    """Data deflated, behind one byte that names the codec; as it is where that is shorter.
 
-    ``r`` raw; ``1``, ``2`` deflate with our first or second dictionary; ``3`` a message after an answer;
-    ``4`` a folded answer.
+    ``r`` raw; ``f`` a folded answer; ``1``, ``2`` deflate with our first or second dictionary; ``3`` a
+    message deflated after an answer; ``4`` a folded answer deflated, as older versions left it.
     """
     packed = _deflate(data, _DICTIONARY_2)
     return b"2" + packed if len(packed) < len(data) else b"r" + data
 
 
-def pack_answer(answer: bytes) -> bytes:
-    """`pack` for an answer: a stream is folded first."""
+def lay(data: bytes) -> bytes:
+    """Data as it is laid into a bundle: deflated there, with its neighbours."""
+    return b"r" + data
+
+
+def lay_answer(answer: bytes) -> bytes:
+    """`lay` for an answer: a stream is folded."""
     folded = _fold(answer)
-    return pack(answer) if folded is None else b"4" + _deflate(folded, _DICTIONARY_2)
+    return lay(answer) if folded is None else b"f" + folded
 
 
-def pack_after(data: bytes, answer: int, spoken: bytes) -> bytes:
-    """`pack` for messages of which the first repeats what the answer in the blob ``answer`` said."""
+def lay_after(data: bytes, answer: int, spoken: bytes) -> bytes:
+    """`lay` for messages of which the first repeats what the answer in the blob ``answer`` said."""
     return b"3" + answer.to_bytes(_ID_BYTES) + _deflate(data, (_DICTIONARY_2 + spoken)[-_WINDOW:])
 
 
@@ -227,10 +232,12 @@ def named_answer(stored: bytes) -> int:
 
 
 def unpack(stored: bytes, spoken: bytes = b"") -> bytes:
-    """The inverse of `pack`, `pack_answer` and, given what was spoken, `pack_after`."""
+    """The inverse of `pack`, `lay`, `lay_answer` and, given what was spoken, `lay_after`."""
     codec = stored[:1]
     if codec == b"r":
         return stored[1:]
+    if codec == b"f":
+        return _unfold(stored[1:])
     if codec == b"3":
         return _inflate(stored[1 + _ID_BYTES :], (_DICTIONARY_2 + spoken)[-_WINDOW:])
     data = _inflate(stored[1:], _DICTIONARY_1 if codec == b"1" else _DICTIONARY_2)
@@ -239,9 +246,11 @@ def unpack(stored: bytes, spoken: bytes = b"") -> bytes:
 
 def spoken_in(stored: bytes) -> bytes:
     """The text within a stored answer; with what surrounds it, where it was not folded."""
-    if stored[:1] != b"4":
-        return unpack(stored)
-    return _decode_folded(_inflate(stored[1:], _DICTIONARY_2)).text
+    if stored[:1] == b"f":
+        return _decode_folded(stored[1:]).text
+    if stored[:1] == b"4":
+        return _decode_folded(_inflate(stored[1:], _DICTIONARY_2)).text
+    return unpack(stored)
 
 
 class _Folded(msgspec.Struct, array_like=True):

@@ -1,0 +1,106 @@
+"""Bundles: leaves come back as they were bound, whatever was taken out, and small texts share a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from understudy.traffic.bundles import BUNDLE_BYTES, Leaf, bind, bundled, unbind
+from understudy.traffic.record import Call, new_key
+from understudy.traffic.store import Store, open_store
+
+LEAVES = st.lists(
+    st.tuples(
+        st.integers(1, 40), st.booleans(), st.binary(max_size=30).map(lambda b: b"rf3"[len(b) % 3 :][:1] + b)
+    ),
+    min_size=1,
+    max_size=20,
+)
+
+
+@given(LEAVES, st.integers(1, 2**40))
+@settings(max_examples=100, deadline=None)
+def test_leaves_come_back_as_they_were_bound(made: list[tuple[int, bool, bytes]], start: int) -> None:
+    leaves: list[Leaf] = []
+    at = start
+    for step, goes_on, laid in made:
+        leaves.append(Leaf(at, max(0, at - 7) if goes_on else 0, laid))
+        at += step
+    bundle = bind(leaves)
+    assert (bundle.first, bundle.last, bundle.leaves) == (leaves[0].id, leaves[-1].id, len(leaves))
+    assert unbind(bundle.first, bundle.data) == leaves
+
+
+def test_a_large_leaf_is_bound_alone() -> None:
+    leaves = [Leaf(1, 0, b"ra"), Leaf(2, 0, b"r" + bytes(BUNDLE_BYTES)), Leaf(3, 0, b"rc")]
+    bundles, loose = bundled(leaves)
+    assert [(b.first, b.last) for b in bundles] == [(1, 1), (2, 2)]
+    assert loose == [leaves[2]]
+
+
+def many(make_call: Callable[..., Call], count: int) -> list[Call]:
+    """Calls whose texts fill several bundles."""
+    return [make_call(prompt=f"{n} " + new_key() * 40, answer=new_key() * 20) for n in range(count)]
+
+
+def test_texts_fill_bundles_and_one_by_one_does_as_well_as_at_once(
+    store: Store, make_call: Callable[..., Call]
+) -> None:
+    calls = many(make_call, 200)
+    for n, call in enumerate(calls[:100]):
+        store.insert([call], "s", n + 1)
+    store.insert(calls[100:], "s", 1000)
+    rows = store._database.query("SELECT first, last, leaves FROM bundles ORDER BY first")
+    assert len(rows) >= 2
+    assert all(after[0] > before[1] for before, after in pairwise(rows))
+    loose = [row[0] for row in store._database.query("SELECT id FROM blobs ORDER BY id")]
+    assert all(blob > rows[-1][1] for blob in loose)
+    assert store.counts().blobs == 401  # a frame for all, and of each call its message and its answer
+    found = {c.call.key: (c.call.request, c.call.response) for c in store.calls(texts=True)}
+    assert found == {c.key: (c.request, c.response) for c in calls}
+
+
+def test_what_is_forgotten_is_taken_out_of_its_bundle(store: Store, make_call: Callable[..., Call]) -> None:
+    calls = many(make_call, 120)
+    store.insert(calls, "s", 1)
+    assert store.forget(calls[70].at) == 70
+    store.sweep(limit=50)
+    bound = store._database.query("SELECT first, data FROM bundles ORDER BY first")
+    left = b"".join(leaf.laid for first, data in bound for leaf in unbind(first, bytes(data)))
+    assert not any(call.request[60:90] in left for call in calls[:70])
+    assert {c.call.request for c in store.calls(texts=True)} == {c.request for c in calls[70:]}
+    store.insert(more := many(make_call, 60), "s", 2)
+    assert [c.call.request for c in store.calls(texts=True)][-60:] == [c.request for c in more]
+
+
+def test_a_store_with_loose_texts_of_an_older_version_goes_on(
+    tmp_path: Path, make_call: Callable[..., Call]
+) -> None:
+    """The texts it has stay where they are and are found there, whatever is bound beside them."""
+    calls = many(make_call, 100)
+    with open_store("sqlite:///old.db", tmp_path) as store:
+        store.insert(calls[:40], "s", 1)
+        bound = store._database.query("SELECT first, data FROM bundles")
+        for first, data in bound:  # as the version before had them: each in a row of its own
+            store._database.many(
+                "INSERT INTO blobs (id, parent, data) VALUES (?, ?, ?)", unbind(first, bytes(data))
+            )
+        for sql in ("DROP TABLE bundles", "DROP TABLE links", "ALTER TABLE digests DROP COLUMN answer"):
+            store._database.execute(sql)
+        store._database.execute("CREATE INDEX blobs_by_parent ON blobs (parent) WHERE parent <> 0")
+        store._database.execute("DELETE FROM schema_history WHERE name >= 'm020'")
+    with open_store("sqlite:///old.db", tmp_path) as store:
+        before = store._database.query("SELECT COUNT(*) FROM blobs")[0][0]
+        store.insert(calls[40:], "s", 2)
+        assert store._database.query("SELECT COUNT(*) FROM blobs WHERE id <= ?", (before,))[0][0] == before
+        assert [c.call.request for c in store.calls(texts=True)] == [c.request for c in calls]
+        assert store.forget(calls[60].at) == 60
+        store.sweep()
+        assert [c.call.request for c in store.calls(texts=True)] == [c.request for c in calls[60:]]
+        assert (
+            store._database.query("SELECT COUNT(*) FROM blobs WHERE id <= ?", (before,))[0][0] == 1
+        )  # the frame
