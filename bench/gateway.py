@@ -6,7 +6,10 @@ a key and no recording. TensorZero runs embedded in a process of its own (tensor
 CPU is the gateway process's own (utime + stime of /proc, all its threads); the indexer, a process of its own,
 is told apart. Latency is measured at a fixed rate from the moment a request was due, with and without us.
 
-`--requests N` sets the length of the memory run (1,000,000 in the figures we quote). Peers come from an
+A bare relay on the same event loop shows which part is the kernel's. All are asked for the same three things:
+a JSON answer, a stream whose 31 events come in one write, and one whose events come two milliseconds apart.
+
+`--requests N` sets the length of the memory run. Peers come from an
 environment of their own, `--peers FOLDER` (bench/gateway-peers.txt says which): they must not change what we
 are installed with. One that is not there is named as missing. It ignores what recording costs afterwards
 (recording.py).
@@ -34,6 +37,7 @@ from typing import Any, NamedTuple, cast
 
 import uvloop
 
+from understudy.traffic.indexer import Indexer
 from understudy.traffic.store import open_store
 
 HERE = Path(__file__).parent
@@ -169,6 +173,69 @@ def serve_upstream(pipe: Connection) -> None:
     uvloop.run(main())
 
 
+class Running(NamedTuple):
+    """A gateway under test."""
+
+    port: int
+    pid: int
+    secret: str
+
+
+class Relay(asyncio.Protocol):
+    """Passes every byte on and reads none: what any gateway on this loop costs at least."""
+
+    def __init__(self, other: asyncio.Transport | None, upstream_port: int) -> None:
+        self.other = other
+        self.upstream_port = upstream_port
+        self.early = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        if self.other is None:
+            self.connecting = asyncio.get_running_loop().create_task(self.connect())
+
+    async def connect(self) -> None:
+        def back() -> Relay:
+            return Relay(self.transport, self.upstream_port)
+
+        made = await asyncio.get_running_loop().create_connection(back, "127.0.0.1", self.upstream_port)
+        self.other = made[0]
+        self.other.write(self.early)
+
+    def data_received(self, data: bytes) -> None:
+        if self.other is None:
+            self.early += data
+        else:
+            self.other.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.other is not None:
+            self.other.close()
+
+
+def serve_relay(upstream_port: int, pipe: Connection) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Relay(None, upstream_port), "127.0.0.1", 0, backlog=1024)
+        pipe.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    uvloop.run(main())
+
+
+@contextmanager
+def bare_relay(upstream_port: int) -> Iterator[Running]:
+    """The relay in a process of its own."""
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=serve_relay, args=(upstream_port, theirs), daemon=True)
+    process.start()
+    try:
+        yield Running(ours.recv(), process.pid or 0, "sk-client")
+    finally:
+        process.terminate()
+        process.join()
+
+
 class Load(NamedTuple):
     """An order for the load generator."""
 
@@ -281,14 +348,6 @@ def indexer_of(pid: int) -> int:
     return next(int(c) for c in children if "resource_tracker" not in Path(f"/proc/{c}/cmdline").read_text())
 
 
-class Running(NamedTuple):
-    """A gateway under test."""
-
-    port: int
-    pid: int
-    secret: str
-
-
 @contextmanager
 def gateway(folder: Path, upstream_port: int, record: str) -> Iterator[Running]:
     """`understudy up` in a folder of its own, with a key."""
@@ -386,12 +445,29 @@ def cpu_table(bench: Bench, folder: Path, count: int, peers: Path) -> list[str]:
         "| | JSON | 31 events in one write | 31 events, 2 ms apart |",
         "| --- | --- | --- | --- |",
     ]
+    costs: dict[str, list[float]] = {}
+    print("CPU, a bare relay …", file=sys.stderr, flush=True)
+    with bare_relay(bench.upstream_port) as running:
+        costs["bare"] = _costs(bench, running, count)
+    rows.append(_row("a bare relay: every byte passed on, none read", costs["bare"]))
     for record in ("buffered", "metadata", "strict"):
         print(f"CPU, record = {record} …", file=sys.stderr, flush=True)
         with gateway(folder / record, bench.upstream_port, record) as running:
-            rows.append(_row(f"understudy, {record}", _costs(bench, running, count)))
-    rows.append(_tensorzero_row(bench, peers, count))
-    rows.append(_litellm_row(bench, peers, folder / "litellm", count))
+            costs[record] = _costs(bench, running, count)
+        rows.append(_row(f"understudy, {record}", costs[record]))
+    for name, measure in (
+        ("TensorZero, embedded, not recording", lambda: _tensorzero(bench, peers, count)),
+        ("LiteLLM's proxy, not recording", lambda: _litellm(bench, peers, folder / "litellm", count)),
+    ):
+        print(f"CPU, {name} …", file=sys.stderr, flush=True)
+        try:
+            figures = measure()
+        except (OSError, TimeoutError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+            rows.append(f"| {name}: not measured ({type(error).__name__}: {error}) | | | |")
+            continue
+        rows.append(_row(name, figures))
+        times = [f"{peer / ours:,.1f}x" for peer, ours in zip(figures, costs["buffered"], strict=True)]
+        rows.append(f"| … as a multiple of understudy, buffered | {' | '.join(times)} |")
     return rows
 
 
@@ -404,27 +480,31 @@ def _row(name: str, figures: list[float]) -> str:
     return f"| {name} | " + " | ".join(f"{figure:,.0f}" for figure in figures) + " |"
 
 
-def _tensorzero_row(bench: Bench, peers: Path, count: int) -> str:
-    print("CPU, TensorZero …", file=sys.stderr, flush=True)
+def _tensorzero(bench: Bench, peers: Path, count: int) -> list[float]:
     figures: list[float] = []
     for kind in KINDS:
         script = [peers / "bin" / "python", HERE / "tensorzero_peer.py"]
-        command = [*script, str(bench.upstream_port), kind, str(count)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env=_without_ours(), timeout=300)
-            figures.append(float(done.stdout.split()[-1]))
-        except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-            return f"| TensorZero: not measured ({type(error).__name__}: {error}) | | | |"
-    return _row("TensorZero, embedded, not recording", figures)
+        command = [*script, str(bench.upstream_port), kind, str(max(320, count // 4))]
+        done = subprocess.run(command, capture_output=True, text=True, env=_without_ours(), timeout=300)
+        figures.append(float(done.stdout.split()[-1]))
+    return figures
 
 
-def _litellm_row(bench: Bench, peers: Path, folder: Path, count: int) -> str:
-    print("CPU, LiteLLM …", file=sys.stderr, flush=True)
-    try:
-        with litellm(peers, folder, bench.upstream_port) as running:
-            return _row("LiteLLM's proxy, not recording", _costs(bench, running, max(160, count // 20)))
-    except (OSError, TimeoutError) as error:
-        return f"| LiteLLM: not measured ({error}) | | | |"
+def _litellm(bench: Bench, peers: Path, folder: Path, count: int) -> list[float]:
+    with litellm(peers, folder, bench.upstream_port) as running:
+        return _costs(bench, running, max(320, count // 20))
+
+
+def load_line(bench: Bench, count: int) -> str:
+    """What the load generator and the upstream can do without a gateway: the latencies' ceiling."""
+    begun = time.perf_counter()
+    bench.run(Load(bench.upstream_port, "json", count, 64, 0))
+    rate = count / (time.perf_counter() - begun)
+    busy = os.getloadavg()[0]
+    return (
+        f"The load generator reaches {rate:,.0f} requests/s straight from the fake upstream; both share "
+        f"{os.cpu_count()} cores with the gateway. The machine's load was {busy:.1f} when this was measured."
+    )
 
 
 def latency_table(bench: Bench, folder: Path, seconds: int) -> list[str]:
@@ -452,10 +532,14 @@ def memory_lines(bench: Bench, folder: Path, count: int) -> list[str]:
         begun = time.perf_counter()
         bench.run(load._replace(count=count))
         rate = count / (time.perf_counter() - begun)
-        after, indexing = rss_mib(running.pid), cpu_s(indexer_of(running.pid))
+        after, indexer = rss_mib(running.pid), indexer_of(running.pid)
+        spent, size = cpu_s(indexer), rss_mib(indexer)
+        with open_store("sqlite:///understudy.db", folder / "memory") as store:
+            behind = Indexer(folder / "memory" / "segments", store).lag_bytes / 2**20
     return [
         f"RSS {before:.1f} MiB after 5,000 requests, {after:.1f} MiB after {count:,} more "
-        f"({rate:,.0f} requests/s on this machine); the indexer spent {indexing:.1f} CPU-s beside it.",
+        f"({rate:,.0f} requests/s on this machine). The indexer beside it has {size:.1f} MiB, spent "
+        f"{spent:.1f} CPU-s and is {behind:,.0f} MiB of segments behind at the end.",
     ]
 
 
@@ -463,7 +547,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=100_000, help="length of the memory run")
+    parser.add_argument("--requests", type=int, default=1_000_000, help="length of the memory run")
     parser.add_argument("--count", type=int, default=8000, help="requests per CPU figure")
     parser.add_argument("--seconds", type=int, default=5, help="length of each latency run")
     parser.add_argument("--peers", type=Path, default=Path(sys.prefix) / "peers", help="their environment")
@@ -474,7 +558,8 @@ def main() -> None:
         parts = [
             ["CPU-µs of the gateway process per request, a key checked:"],
             cpu_table(bench, folder, options.count, options.peers),
-            ["Latency the gateway adds (JSON, buffered recording):"],
+            [load_line(bench, 20_000)],
+            ["Latency the gateway adds (JSON, buffered recording), open loop, from when a call was due:"],
             latency_table(bench, folder, options.seconds),
             memory_lines(bench, folder, options.requests),
         ]

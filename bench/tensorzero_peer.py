@@ -40,8 +40,6 @@ async def call(gateway: Any, kind: str) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     asked: dict[str, Any] = {"messages": messages, "system": "You answer briefly. " * 20}
     # the fake upstream paces what says so anywhere in its request
-    tagged = {"variants": {}, "tags": {}} if kind == "json" else {}
-    del tagged
     if kind == "paced":
         asked["messages"].append({"role": "user", "content": [{"type": "text", "text": "paced"}]})
     answer = await gateway.inference(function_name="ask", input=asked, stream=kind != "json", dryrun=True)
