@@ -310,6 +310,42 @@ async def test_bytes_behind_an_answer_cost_the_connection_not_the_answer(
         first, then = await ask(gateway.port), await ask(gateway.port)
     assert (first.body, then.json["choices"][0]["message"]["content"]) == (b"{}", "You said: hello")
     assert [served.connection for served in upstream.served] == [1, 2]
+    assert [(call.response, attempts(call)) for call in calls(tmp_path)] == [
+        (b"{}", [("local/m", 200, "yes")]),
+        (then.body, [("local/m", 200, "yes")]),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 8 << 20])
+async def test_chunks_of_any_size_are_one_answer(tmp_path: Path, upstream: FaultyUpstream, size: int) -> None:
+    said = events("tiny") if size < 100 else b"data: " + b"x" * size + b"\n\ndata: [DONE]\n\n"
+    pieces = [chunk(said[place : place + size]) for place in range(0, len(said), size)]
+    got, call = await one(tmp_path, upstream, sends(SSE_HEAD, *pieces, b"0\r\n\r\n"), stream=True)
+    assert (got.status, got.complete, got.body == said, call.response == said) == (200, True, True, True)
+    assert attempts(call) == [("local/m", 200, "yes")]
+
+
+async def test_an_answer_of_fifty_megabytes(tmp_path: Path, upstream: FaultyUpstream) -> None:
+    body = json.dumps(completion("x" * 50_000_000)).encode()
+    got, call = await one(tmp_path, upstream, sends(http(200, body)))
+    assert (got.status, got.complete, got.body == body) == (200, True, True)
+    assert call.response == body
+    assert call.usage == Usage(prompt_tokens=7, completion_tokens=3)
+
+
+async def test_a_burst_of_5xx_is_recorded_call_by_call(
+    tmp_path: Path, upstream: FaultyUpstream, second: FaultyUpstream
+) -> None:
+    """The first calls find out, the others go past it at once; every answer is whole, every try is kept."""
+    upstream.script = [answers(503)]
+    settings = "break_after = 4\nrest_s = 60.0"
+    async with running(config_for(tmp_path, {"one": upstream.url, "two": second.url}, settings)) as gateway:
+        got = [await ask(gateway.port, chat(f"n{n}")) for n in range(12)]
+    assert {answer.status for answer in got} == {200}
+    assert len(upstream.served) == 4
+    kept = [attempts(call) for call in calls(tmp_path)]
+    failed, answered = ("one/m", 503, "no"), ("two/m", 200, "yes")
+    assert kept == [[failed, failed, answered]] * 2 + [[answered]] * 10
 
 
 async def test_headers_of_the_upstreams_connection_stay_there(
@@ -418,6 +454,51 @@ async def test_client_gone_while_waiting_for_another_try(tmp_path: Path, upstrea
     assert call.status == 499
     assert attempts(call) == [("local/m", 503, "no"), ("local/m", 0, "no")]
     assert len(upstream.served) == 1
+
+
+async def test_client_gone_before_its_request_was_whole(tmp_path: Path, upstream: FaultyUpstream) -> None:
+    """Nobody was asked and nothing was answered: there is no call to record."""
+    async with running(config_for(tmp_path, {"local": upstream.url})) as gateway:
+        async with raw_client(gateway.port) as client:
+            client.writer.write(post(chat())[:-5])
+            await until(lambda: gateway.plane.clients)
+        await until(lambda: not gateway.plane.clients)
+    assert (upstream.served, calls(tmp_path)) == ([], [])
+
+
+async def test_client_gone_while_the_upstream_is_being_reached(tmp_path: Path) -> None:
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(3)]
+        for sock in waiting:  # a full accept queue answers no SYN
+            sock.setblocking(False)
+            sock.connect_ex(full.getsockname())
+        dead = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+        async with running(config_for(tmp_path, {"dead": dead})) as gateway:
+            async with raw_client(gateway.port) as client:
+                client.writer.write(post(chat()))
+                await until(lambda: gateway.plane.exchanges)
+            await until(lambda: not gateway.plane.exchanges)
+        for sock in waiting:
+            sock.close()
+    (call,) = calls(tmp_path)
+    assert (call.status, call.usage, attempts(call)) == (499, None, [("dead/m", 0, "no")])
+
+
+async def test_client_gone_while_strict_mode_waits_for_the_disk(
+    tmp_path: Path, upstream: FaultyUpstream
+) -> None:
+    """The answer was whole and is recorded as it was; that nobody heard its end changes nothing."""
+    config = config_for(tmp_path, {"local": upstream.url}, 'record = "strict"')
+    async with running(config) as gateway:
+        writer = gateway.plane.recorder.writer
+        async with raw_client(gateway.port) as client:
+            client.writer.write(post(chat()))
+            await until(lambda: writer.counters.records)
+        await until(lambda: not gateway.plane.clients)
+    (call,) = calls(tmp_path)
+    assert (call.status, attempts(call)) == (200, [("local/m", 200, "yes")])
 
 
 async def test_a_slow_client_holds_the_upstream_back(tmp_path: Path, upstream: FaultyUpstream) -> None:

@@ -75,7 +75,7 @@ SMUGGLING = {
 
 @pytest.mark.parametrize("name", SMUGGLING)
 async def test_ambiguous_framing_is_refused_and_the_connection_closed(
-    gateway: RunningGateway, upstream: FaultyUpstream, name: str
+    gateway: RunningGateway, upstream: FaultyUpstream, tmp_path: Path, name: str
 ) -> None:
     async with raw_client(gateway.port) as client:
         got = await client.ask(SMUGGLING[name] + with_length())
@@ -84,6 +84,45 @@ async def test_ambiguous_framing_is_refused_and_the_connection_closed(
         assert got.headers["connection"] == "close"
         assert await client.closed()
     assert upstream.served == []
+    assert calls(tmp_path) == []
+
+
+async def test_trailers_without_end_are_refused(gateway: RunningGateway, upstream: FaultyUpstream) -> None:
+    """Nobody asked for them, and what parses them keeps the last one in memory."""
+    async with raw_client(gateway.port) as client:
+        client.writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"X-Trailer: ")
+        for _ in range(20):
+            client.writer.write(b"x" * 10_000)
+            await asyncio.sleep(0)
+        got = await client.answer()
+        assert (got.status, got.json["error"]["code"]) == (431, "bad_framing")
+        assert await client.closed()
+    assert upstream.served == []
+
+
+async def test_chunks_of_one_byte_are_no_abuse(gateway: RunningGateway, upstream: FaultyUpstream) -> None:
+    asked = json.dumps(chat("x" * 60_000)).encode()
+    pieces = b"".join(chunk(asked[place : place + 1]) for place in range(len(asked)))
+    async with raw_client(gateway.port) as client:
+        got = await client.ask(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n")
+    assert got.status == 200
+    assert len(upstream.served[0].body) == len(asked) - 8
+
+
+async def test_a_client_that_does_not_read_its_answers_is_asked_to_wait(gateway: RunningGateway) -> None:
+    """Short requests with long answers must not fill our memory."""
+    ours = b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"
+    async with raw_client(gateway.port) as client:
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a StreamWriter's own transport
+        client.writer.write(ours * 8000)
+        largest = 0
+        for _ in range(60):
+            await asyncio.sleep(0.01)
+            transports = [one._transport for one in gateway.plane.clients if isinstance(one, inbound.Inbound)]
+            largest = max([largest, *(t.get_write_buffer_size() for t in transports if t)])
+        assert 0 < largest < 1 << 20
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        assert {(await client.answer()).status for _ in range(8000)} == {200}
 
 
 async def test_chunked_request_bodies(
@@ -130,6 +169,8 @@ async def test_pipelined_requests_are_answered_in_order(
         answers = [await client.answer() for _ in asked]
         health = await client.answer()
     assert [a.json["choices"][0]["message"]["content"] for a in answers] == [f"You said: {t}" for t in asked]
+    kept = [json.loads(call.request)["messages"][0]["content"] for call in calls(tmp_path)]
+    assert kept == asked
     assert health.json["status"] == "ok"
 
 

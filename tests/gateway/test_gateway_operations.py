@@ -172,6 +172,17 @@ async def test_a_key_is_required_and_revoked_at_once(
     assert made.secret.encode() not in log_bytes(tmp_path)
 
 
+async def test_without_a_key_no_body_is_read(tmp_path: Path, upstream: FaultyUpstream) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 60000000\r\n\r\n"
+    config = config_for(tmp_path, {"local": upstream.url}, "require_key = true")
+    async with running(config) as gateway, raw_client(gateway.port) as client:
+        got = await client.ask(head)
+        assert (got.status, got.json["error"]["code"]) == (401, "invalid_api_key")
+        assert got.headers["connection"] == "close"
+        assert await client.closed()
+    assert calls(tmp_path) == []
+
+
 # recording
 
 

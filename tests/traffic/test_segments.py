@@ -179,6 +179,7 @@ def test_compressed_segments_read_the_same_at_the_same_offsets(tmp_path: Path) -
     assert segment_files(tmp_path) == [packed]
     assert segment_name(packed) == segment_name(writer.path)
     assert segment_size(packed) == size
+    assert packed.stat().st_mode & 0o777 == 0o600
     assert list(read_segment(packed)) == plain
     assert list(read_segment(packed, plain[2].end)) == plain[3:]
     assert list(read_segment(writer.path, plain[3].end)) == plain[4:]

@@ -265,6 +265,13 @@ def test_a_newer_store_is_refused(store: Store, store_url: str, tmp_path: Path) 
         open_store(store_url, tmp_path)
 
 
+def test_what_callers_said_is_readable_by_its_owner_alone(tmp_path: Path, make_call: MakeCall) -> None:
+    with open_store("sqlite:///private.db", tmp_path) as store:
+        store.insert([make_call()], "s", 1)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("private.db", "private.db-wal", "private.db-shm"), 0o600)
+
+
 def test_somebody_elses_database_is_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "theirs.db") as connection:
         connection.execute("CREATE TABLE calls (number TEXT)")

@@ -19,7 +19,7 @@ import httptools
 
 from understudy.errors import UserError
 from understudy.gateway import local
-from understudy.gateway.keys import KeyRing, secret_of
+from understudy.gateway.keys import KEY_HEADERS, KeyRing, secret_of, unauthorised
 from understudy.gateway.limits import Purse
 from understudy.gateway.plane import Plane
 from understudy.gateway.refusal import Refusal, broken_framing, reason
@@ -37,6 +37,8 @@ IDLE_S = 300.0
 """An unused connection is closed after this long."""
 PIPELINED = 16
 """Complete requests waiting behind the one in flight before reading stops."""
+FRAMING_BYTES = 64 << 10
+"""Most that chunk sizes and trailers may take up, besides eight bytes for each byte of the body."""
 LINGER_S = 2.0
 """Time given to a refused client to read its answer while what it still sends is thrown away."""
 
@@ -71,14 +73,17 @@ class Inbound(asyncio.Protocol):
         self._working_off = False
         self._held = False
         """Reading is stopped until waiting requests are answered."""
+        self._congested = False
+        """The client does not read what it is told; nothing more is answered until it does."""
         self._refusal: Refusal | None = None
         self._url = b""
         self._headers: Headers = []
         self._body: list[bytes] = []
         self._complete: deque[Request] = deque()
         """Requests that the bytes being fed completed."""
-        self._head_bytes = 0
         self._body_bytes = 0
+        self._message_bytes = 0
+        """All bytes since the last message was complete, whatever they are part of."""
         self._in_head = True
         self._version = ""
         self._keep = False
@@ -106,10 +111,10 @@ class Inbound(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._ending:
             return
-        self._head_bytes += len(data)
+        self._message_bytes += len(data)
         self._feed(data)
-        if self._in_head and self._head_bytes > HEAD_BYTES:
-            self._refusal = self._refusal or _head_too_long()
+        if self._message_bytes > HEAD_BYTES and self._receiving:
+            self._refusal = self._refusal or self._size_fault()
         while self._complete:
             self._arrived(self._complete.popleft())
         if self._refusal is not None and not self._ending:
@@ -126,13 +131,24 @@ class Inbound(asyncio.Protocol):
         except httptools.HttpParserError as error:
             self._refusal = self._refusal or broken_framing(f"malformed request: {error}")
 
+    def _size_fault(self) -> Refusal | None:
+        """What in a message that is still coming is longer than it may be, its body apart."""
+        if self._in_head:
+            return _head_too_long()
+        framing = self._message_bytes - self._body_bytes
+        return _framing_too_long() if framing > HEAD_BYTES + FRAMING_BYTES + 8 * self._body_bytes else None
+
     def pause_writing(self) -> None:
+        self._congested = True
         if self._exchange is not None:
             self._exchange.pause()
 
     def resume_writing(self) -> None:
+        self._congested = False
         if self._exchange is not None:
             self._exchange.resume()
+        elif not self._busy and not self._working_off:
+            self._work_off()
 
     # -- httptools callbacks
 
@@ -168,7 +184,7 @@ class Inbound(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._receiving = False
         self._in_head = True
-        self._head_bytes = 0
+        self._message_bytes = 0
         if self._refusal is not None:
             return
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
@@ -191,16 +207,23 @@ class Inbound(asyncio.Protocol):
                 return fault
             elif name == b"expect" and self._version == "1.1" and not self._busy:
                 self.write(_CONTINUE)
+        if self._plane.keys is not None and not self._shows_a_key():
+            return unauthorised(False, close=True)
         if hosts > 1 or (hosts == 0 and self._version == "1.1"):
             return broken_framing(f"expected one Host header, got {hosts}")
         return None
+
+    def _shows_a_key(self) -> bool:
+        """Whether a body is worth reading: without a key it is refused in the end whatever it says."""
+        shown = any(name in KEY_HEADERS for name, _ in self._headers)
+        return shown or self._url.partition(b"?")[0] == local.HEALTH
 
     # -- requests in order
 
     def _arrived(self, item: Request | Refusal) -> None:
         if self._linger_until:
             return  # behind an answer that ended the connection
-        if not self._busy:
+        if not self._busy and not self._congested:
             self._answer(item)
             return
         self._waiting.append(item)
@@ -316,7 +339,7 @@ class Inbound(asyncio.Protocol):
     def _work_off(self) -> None:
         """Answer what waited, one after the other: a loop, because answers of our own end at once."""
         self._working_off = True
-        while self._waiting and not self._busy:
+        while self._waiting and not self._busy and not self._congested:
             self._answer(self._waiting.popleft())
         self._working_off = False
         if self._held and not self._waiting and self._transport is not None:
@@ -402,6 +425,10 @@ _CHECKED = {
 
 def _head_too_long() -> Refusal:
     return broken_framing(f"the request's head is longer than {HEAD_BYTES} bytes", 431)
+
+
+def _framing_too_long() -> Refusal:
+    return broken_framing("the request's chunks and trailers are longer than its body can need", 431)
 
 
 def _body_too_long() -> Refusal:

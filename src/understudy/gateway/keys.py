@@ -15,6 +15,8 @@ from understudy.gateway.refusal import Refusal
 from understudy.gateway.request import Request
 from understudy.traffic.store import Store
 
+KEY_HEADERS = frozenset({b"authorization", b"x-api-key"})
+"""Where a caller may show a key, in lower case."""
 _KNOWN_KEYS = 10_000
 """Keys remembered at most; beyond it the memory starts anew."""
 
@@ -35,7 +37,7 @@ class KeyRing:
         """Id of a key. Raises Refusal (401) for none, a wrong or a revoked one; StoreError."""
         key = await asyncio.to_thread(self._store.lookup_key, secret.decode("latin-1")) if secret else None
         if key is None:
-            raise _unauthorised(bool(secret))
+            raise unauthorised(bool(secret))
         await self.purses.learn(key)
         if len(self._ids) >= _KNOWN_KEYS:
             self._ids.clear()
@@ -64,7 +66,9 @@ def secret_of(request: Request) -> bytes:
     return secret.strip() if scheme.lower() == b"bearer" else request.header(b"x-api-key")
 
 
-def _unauthorised(shown: bool) -> Refusal:
+def unauthorised(shown: bool, *, close: bool = False) -> Refusal:
+    """401 for a key that is not good, or (``shown`` false) for none; ``close`` where the body is not read."""
     problem = "the key is not known or was revoked" if shown else "a key is required"
     message = f"{problem}; send an Understudy key as `Authorization: Bearer us-…`"
-    return Refusal(401, "invalid_api_key", message, headers=((b"www-authenticate", b"Bearer"),))
+    headers = ((b"www-authenticate", b"Bearer"),)
+    return Refusal(401, "invalid_api_key", message, close=close, headers=headers)

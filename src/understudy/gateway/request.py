@@ -89,7 +89,9 @@ def returned(headers: Headers) -> bytes:
 
 
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:
+    """Headers that belong to one hop because Connection says so, be it once or several times."""
+    named = frozenset[bytes]()
     for name, value in headers:
         if name == b"connection" and value.lower() not in (b"keep-alive", b"close"):
-            return frozenset(token.strip().lower() for token in value.split(b","))
-    return frozenset()
+            named |= {token.strip().lower() for token in value.split(b",")}
+    return named

@@ -7,6 +7,7 @@ the other. It ignores what the tables mean (migrations, store).
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Generator, Sequence
@@ -82,6 +83,8 @@ class SqliteDatabase:
         self._lock = threading.RLock()
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
+            # what callers said is nobody else's business; SQLite gives its other files the same rights
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._connection = sqlite3.connect(
                 path, timeout=10.0, isolation_level=None, check_same_thread=False
             )

@@ -410,7 +410,9 @@ def compress_segment(path: Path) -> Path:
 
 
 def _pack(path: Path, part: Path) -> None:
-    with path.open("rb") as source, part.open("wb") as sink:
+    # as private as the segment itself: it holds what callers said
+    made = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with path.open("rb") as source, os.fdopen(made, "wb") as sink:
         with gzip.GzipFile(fileobj=sink, mode="wb", filename="", mtime=0, compresslevel=6) as packed:
             shutil.copyfileobj(source, packed, 1 << 20)
         sink.flush()
