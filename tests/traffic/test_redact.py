@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -121,9 +122,69 @@ def test_a_finding_with_half_a_character_is_hashed() -> None:
     assert re.fullmatch(rb'\{"c":"\[key:[0-9a-f]{8}\]"\}', Redactor(salt=b"s").body(key.encode()))
 
 
-@pytest.mark.parametrize("raw", [b'data: {"choices":[3]}\n\n', b'data: {"choices":[{"text":7}]}\n\n'])
-def test_a_stream_that_cannot_be_put_together_is_not_kept(raw: bytes) -> None:
-    assert DROP.stream(raw + b"data: a@b.io\n\n") == b""
+@pytest.mark.parametrize(
+    "raw", [b'data: {"choices":[3]}\n\n', b'data: {"choices":[{"text":7}]}\n\n', b"data: {\n\n"]
+)
+def test_a_stream_that_makes_no_sense_has_no_finding_left(raw: bytes) -> None:
+    assert DROP.stream(raw + b": a@b.io\n\ndata: a@b.io\n\n") == raw + b": [email]\n\ndata: [email]\n\n"
+
+
+def test_lines_that_have_a_finding_only_together_are_not_kept() -> None:
+    key = b"-----BEGIN PRIVATE KEY-----\ndata: MIIE\ndata: -----END PRIVATE KEY-----"
+    assert b"MIIE" not in DROP.stream(b"data: " + key + b"\n\n")
+
+
+def anthropic(*pieces: str) -> list[dict[str, Any]]:
+    deltas = [
+        {"type": "content_block_delta", "index": 1, "delta": {"type": "text_delta", "text": piece}}
+        for piece in pieces
+    ]
+    other = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "no harm"}}
+    return [{"type": "message_start", "message": {"model": "c"}}, deltas[0], other, *deltas[1:]]
+
+
+def responses(*pieces: str) -> list[dict[str, Any]]:
+    kind = "response.function_call_arguments.delta"
+    return [{"type": kind, "item_id": "fc_1", "output_index": 0, "delta": piece} for piece in pieces]
+
+
+def arguments(*pieces: str) -> list[dict[str, Any]]:
+    calls = [[{"index": 0, "function": {"arguments": piece}}] for piece in pieces]
+    return [{"choices": [{"index": 0, "delta": {"tool_calls": call}}]} for call in calls]
+
+
+def gemini(*pieces: str) -> list[dict[str, Any]]:
+    return [{"candidates": [{"content": {"parts": [{"text": piece}]}}]} for piece in pieces]
+
+
+@pytest.mark.parametrize("form", [anthropic, responses, arguments, gemini])
+def test_a_finding_is_found_in_pieces_of_every_form(form: Callable[..., list[dict[str, Any]]]) -> None:
+    said = form("write to ja", "ne@ex", "ample.org", " and on")
+    raw = b"".join(b"event: x\ndata: %b\n\n" % msgspec.json.encode(event) for event in said)
+    clean = DROP.stream(raw)
+    for piece in (b"to ja", b"ne@ex", b"ample.org"):
+        assert piece not in clean
+    assert b"write to [email] and on" in clean
+    assert (b"no harm" in clean) == (b"no harm" in raw)
+    assert clean.count(b"event: x\ndata: {") == len(said)
+    assert DROP.stream(clean) == clean
+
+
+def test_texts_beside_each_other_are_not_read_as_one() -> None:
+    first, second = ({"index": n, "delta": {"content": text}} for n, text in enumerate(("jane@", "b.io")))
+    raw = b"data: " + msgspec.json.encode({"choices": [first, second]}) + b"\n\n"
+    assert DROP.stream(raw) is raw
+
+
+def test_what_a_repeated_name_hides_in_an_event_is_not_kept() -> None:
+    assert DROP.stream(b'data: {"a":"a@b.io","a":"x"}\n\n') == b'data: {"a":"x"}\n\n'
+
+
+def test_escapes_within_the_arguments_of_a_tool_hide_nothing() -> None:
+    said = {"arguments": '{"to": "jane\\u0040b.io", "n": 1}'}
+    assert msgspec.json.decode(DROP.body(msgspec.json.encode(said))) == {
+        "arguments": '{"to":"[email]","n":1}'
+    }
 
 
 def test_a_body_nested_without_end_is_not_kept() -> None:

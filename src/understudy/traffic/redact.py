@@ -1,17 +1,16 @@
 """Takes personal data and secrets out of records before anything touches a disk.
 
 Only the text inside JSON strings is looked at, so a body stays JSON; a body without a finding comes back byte
-for byte. A stream is judged as a whole, for a finding may be cut in two by chunks: one with a finding becomes
-a stream of one chunk. Log-probabilities spell a text out token by token, so they go where there is a finding.
+for byte. A stream is judged as a whole, for a finding may be cut in two by its events (pieces).
+Log-probabilities spell a text out token by token, so they go where there is a finding.
 It ignores who calls it (gateway, imports), looks at no numbers and does not know names or addresses.
 """
 
 from __future__ import annotations
 
 import hmac
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -19,7 +18,9 @@ import msgspec
 
 from understudy.config import Redact, resolve_secret
 from understudy.errors import InputError
-from understudy.protocol import Json, assemble_stream
+from understudy.protocol import Json
+from understudy.traffic import documents
+from understudy.traffic.pieces import clean_stream
 from understudy.traffic.record import Call, Feedback, Record
 
 Mode = Literal["hash", "drop"]
@@ -133,7 +134,7 @@ class Redactor:
     def body(self, body: bytes) -> bytes:
         """A JSON body, or text that is none (an error page). What is nested too deep to read is not kept."""
         try:
-            document, repeated = _read(body) if body else (None, False)
+            document, repeated = documents.read(body) if body else (None, False)
             clean = self._clean(document)
         except RecursionError:
             return b""
@@ -141,21 +142,17 @@ class Redactor:
             return self.text(body.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
         if clean == document:
             # of a repeated name only the last value was looked at, so only that one is kept
-            return _write(document) if repeated else body
-        return _write(_without_logprobs(clean))
+            return documents.write(document) if repeated else body
+        return documents.write(_without_logprobs(clean))
 
     def stream(self, raw: bytes) -> bytes:
-        """Server-sent events of a completion. What cannot be put together is not kept."""
+        """Server-sent events, of any vendor's form. What is nested too deep to read is not kept."""
+        lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         try:
-            whole = assemble_stream(raw)
-            clean = cast(Json, self._clean(whole))
-        except (TypeError, ValueError, AttributeError, KeyError, RecursionError):
+            clean = clean_stream(lines, self._said)
+        except RecursionError:
             return b""
-        # what assembling leaves out (names of events, other vendors' forms) is looked at line by line
-        text = raw.decode("utf-8", "surrogateescape")
-        if clean == whole and self.text(text) == text:
-            return raw
-        return _as_stream(cast(Json, _without_logprobs(clean)))
+        return raw if clean == lines else clean
 
     def text(self, text: str) -> str:
         """Plain text."""
@@ -165,6 +162,18 @@ class Redactor:
             if rule.mark in text:
                 text = rule.pattern.sub(lambda found, rule=rule: self._replacement(rule, found[0]), text)
         return text
+
+    def _said(self, text: str) -> str:
+        """`text` for a string of a document, which may be a document itself: arguments of a tool."""
+        clean = self.text(text)
+        if clean == text and text[:1] in ("{", "[") and "\\u" in text:
+            try:
+                inner = documents.read(text).value
+            except ValueError:
+                return clean
+            found = self._clean(inner)
+            return clean if found == inner else documents.write(found).decode()
+        return clean
 
     def _replacement(self, rule: Rule, found: str) -> str:
         if not rule.holds(found):
@@ -176,7 +185,7 @@ class Redactor:
 
     def _clean(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self.text(value)
+            return self._said(value)
         if isinstance(value, list):
             return [self._clean(item) for item in cast(list[Any], value)]
         if isinstance(value, dict):
@@ -195,31 +204,6 @@ def redactor_of(settings: Redact, root: Path) -> Redactor | None:
     return Redactor(settings.rules, patterns=settings.patterns, mode=settings.mode, salt=salt)
 
 
-class _Document(NamedTuple):
-    value: Any
-    repeated: bool
-    """An object in it has a name twice."""
-
-
-def _read(body: bytes) -> _Document:
-    """Raises ValueError for what is not JSON, RecursionError for what is nested too deeply."""
-    repeated = False
-
-    def members(pairs: list[tuple[str, Any]]) -> Json:
-        nonlocal repeated
-        found = dict(pairs)
-        repeated = repeated or len(found) < len(pairs)
-        return found
-
-    return _Document(json.loads(body, object_pairs_hook=members), repeated)
-
-
-def _write(document: object) -> bytes:
-    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
-    # half a surrogate pair, legal in JSON as an escape, has no UTF-8 and becomes that escape again
-    return text.encode("utf-8", "backslashreplace")
-
-
 def _without_logprobs(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_logprobs(item) for item in cast(list[Any], value)]
@@ -233,16 +217,6 @@ def _without_logprobs(value: Any) -> Any:
 
 def _is_stream(call: Call) -> bool:
     return call.stream and not call.response.lstrip().startswith(b"{")
-
-
-def _as_stream(completion: Json) -> bytes:
-    """One chunk that says all, and the end."""
-    choices = [
-        {**{k: v for k, v in c.items() if k != "message"}, "delta": c.get("message", {})}
-        for c in cast(Sequence[Json], completion.get("choices", []))
-    ]
-    chunk = {**completion, "object": "chat.completion.chunk", "choices": choices}
-    return b"data: " + msgspec.json.encode(chunk) + b"\n\ndata: [DONE]\n\n"
 
 
 def _built_in(names: Iterable[str]) -> list[Rule]:
