@@ -42,15 +42,16 @@ def curves(model: PreTrainedModel, batches: Sequence[Batch], progress: Progress 
     layers, stream, probe = layers_of(model), enter(model, batches), _Probe(model, batches)
     found: list[Curve] = []
     for index, layer in enumerate(layers):
+        stream.arrive(index)
         stream.advance(layer.attention, index)
         gram = observe(layer.down, stream, feed_forward_of(layer), index)
         order = _order(layer, gram)
         errors = [1.0, *(damage(layer.down.weight, gram, kept) for kept in order[1:-1]), 0.0]
         half = probe.loss(index, gram, order[STEPS // 2])
         found.append([half * error / max(errors[STEPS // 2], 1e-12) for error in errors])
-        stream.advance_from(gram.inputs, layer.write_feed_forward) if gram.inputs else stream.advance(
-            feed_forward_of(layer), index
-        )
+        stream.advance_from(
+            gram.inputs, layer.write_feed_forward
+        ) if gram.inputs and not layer.gated else stream.advance(feed_forward_of(layer), index)
         progress("shape", index + 1, len(layers))
     return found
 

@@ -75,10 +75,19 @@ class Stream:
     """Per batch, per layer."""
     real: list[Tensor]
     """bool (rows, length) each: not padding."""
+    between: list[dict[int, Tensor]] = field(default_factory=list[dict[int, Tensor]])
+    """Per batch, what enters the stream beside the layers, in front of the layer of that number: features of
+    pictures, where a family adds them at several depths."""
 
     @property
     def tokens(self) -> int:
         return sum(int(r.sum()) for r in self.real)
+
+    def arrive(self, layer: int) -> None:
+        """Take in what enters in front of a layer; once, before anything of the layer is looked at."""
+        for i, added in enumerate(self.between):
+            if layer in added:
+                self.hidden[i] = self.hidden[i] + added[layer]
 
     def advance(self, branch: Branch, layer: int) -> None:
         """Add a residual branch to every batch."""
@@ -91,7 +100,7 @@ class Stream:
             self.hidden[i] = hidden + write(inputs[i])
 
     def copy(self) -> Stream:
-        return Stream(list(self.hidden), self.calls, self.real)
+        return Stream(list(self.hidden), self.calls, self.real, self.between)
 
 
 class _Recorder(nn.Module):
@@ -121,13 +130,27 @@ def enter(model: PreTrainedModel, batches: Sequence[Batch]) -> Stream:
     decoder.layers = nn.ModuleList(recorders)
     try:
         for batch in batches:
+            for recorder in recorders:
+                recorder.hidden, recorder.call = None, {}
             states_of(model, batch)
             stream.hidden.append(cast(Tensor, recorders[0].hidden).float())
             stream.calls.append([r.call for r in recorders])
             stream.real.append(batch.real)
+            stream.between.append(_additions(recorders))
     finally:
         decoder.layers = layers
     return stream
+
+
+def _additions(recorders: Sequence[_Recorder]) -> dict[int, Tensor]:
+    """What changed between recorders, which themselves change nothing."""
+    found: dict[int, Tensor] = {}
+    before = recorders[0].hidden
+    for place, recorder in enumerate(recorders):
+        if recorder.hidden is not None and before is not None and recorder.hidden is not before:
+            found[place] = (recorder.hidden - before).float()
+        before = recorder.hidden if recorder.hidden is not None else before
+    return found
 
 
 @contextmanager
@@ -159,12 +182,17 @@ def observe(
     with inputs_of(writer) as seen:
         for i, hidden in enumerate(stream.hidden):
             out = branch(hidden, stream.calls[i][layer])
+            if not seen:  # a layer that this batch passes by
+                kept = False
+                continue
             real = stream.real[i]
             lag = (ahead[i] - hidden - out)[real] if ahead is not None else None
             x = seen.pop()
             gram.add(x[real].float(), lag)
             if kept:
                 gram.inputs.append(x)
+    if not kept:
+        gram.inputs.clear()
     return gram
 
 
@@ -183,4 +211,4 @@ def attention_of(layer: Layer) -> Branch:
 
 
 def feed_forward_of(layer: Layer) -> Branch:
-    return lambda hidden, _call: layer.feed_forward(hidden)
+    return layer.feed_forward

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from understudy.compress import processors
 from understudy.compress.decoder import family_of
+from understudy.compress.families import HOSTS, Host
 from understudy.config import resolve_path
 from understudy.errors import MissingExtraError, ModelError
 
@@ -37,6 +39,13 @@ class Loaded(NamedTuple):
     """SHA-256 (hex) of the weight files, or the hub's commit."""
     folder: Path | None
     """Where its licence may lie; None for a hub id."""
+    processor: Any = None
+    """What makes tensors of pictures or sound; None for a text model."""
+
+    @property
+    def reader(self) -> PreTrainedTokenizerBase:
+        """What reads chats: the processor where there is one."""
+        return self.processor or self.tokenizer
 
 
 def load(source: str | Path, root: Path = Path()) -> Loaded:
@@ -55,8 +64,8 @@ def load(source: str | Path, root: Path = Path()) -> Loaded:
             f"no model at {path}",
             expected="a hub id (owner/name), a checkpoint folder, a .gguf file or package:NAME/FILE",
         )
-    model, tokenizer = _from_transformers(name)
-    return _checked((model, tokenizer), name, f"hub:{getattr(model.config, '_commit_hash', '')}", None)
+    found = _from_transformers(name)
+    return _checked(found, name, f"hub:{getattr(found.model.config, '_commit_hash', '')}", None)
 
 
 def _require_extra() -> None:
@@ -71,7 +80,15 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith(("/", ".", "~", "package:")) or name.endswith(".gguf") or name.count("/") != 1
 
 
-def _load_local(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+class _Found(NamedTuple):
+    """What a checkpoint holds."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any = None
+
+
+def _load_local(path: Path) -> _Found:
     if path.is_dir():
         return _from_transformers(str(path))
     if path.read_bytes()[:4] != b"GGUF":
@@ -79,19 +96,38 @@ def _load_local(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return _from_transformers(str(path.parent), gguf_file=path.name)
 
 
-def _from_transformers(name: str, **where: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Weights and tokenizer, never with code from the checkpoint."""
+def _from_transformers(name: str, **where: str) -> _Found:
+    """Weights, tokenizer and, of a model that sees or hears, its processor; never with code from the
+    checkpoint."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     with _quiet(), _as_model_error(where.get("gguf_file", name)):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=False, **where
-        )
+        host = None if where else _host(name)
+        model = _auto_class(host).from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **where)
+        if host is not None:
+            processor = processors.load(name)
+            return _Found(model, processor.tokenizer, processor)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     if where:
         _split_digits(tokenizer, Path(name) / where["gguf_file"])
-    return model, tokenizer
+    return _Found(model, tokenizer)
+
+
+def _host(name: str) -> Host | None:
+    """How a checkpoint sees or hears, by its configuration; None for a text model."""
+    from transformers import AutoConfig
+
+    model_type = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+    return next((host for host in HOSTS if host.model_type == model_type), None)
+
+
+def _auto_class(host: Host | None) -> Any:
+    import transformers
+
+    if host is None:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForMultimodalLM if host.hears else transformers.AutoModelForImageTextToText
 
 
 _DIGITS_ALONE = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell"})
@@ -148,10 +184,8 @@ def _quiet() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def _checked(
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], name: str, digest: str, folder: Path | None
-) -> Loaded:
-    model, tokenizer = loaded
+def _checked(found: _Found, name: str, digest: str, folder: Path | None) -> Loaded:
+    model, tokenizer, processor = found
     family_of(model)
     _forget_quantisation(model)
     for parameter_name, parameter in model.named_parameters():
@@ -159,7 +193,7 @@ def _checked(
             raise ModelError(
                 f"{name}: {parameter_name} holds values that are not finite", expected="finite weights"
             )
-    return Loaded(cast(Any, model).eval(), tokenizer, name, digest, folder)
+    return Loaded(cast(Any, model).eval(), tokenizer, name, digest, folder, processor)
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:
@@ -185,7 +219,8 @@ def digest_of(path: Path) -> str:
 
 
 def _identity(folder: Path) -> Iterator[Path]:
-    for pattern in ("*.safetensors", "config.json", "tokenizer*.json", "tokenizer.model", "*.jinja"):
+    kinds = ("*.safetensors", "config.json", "tokenizer*.json", "tokenizer.model", "*.jinja")
+    for pattern in (*kinds, "*processor_config.json"):
         yield from folder.glob(pattern)
 
 
@@ -196,14 +231,18 @@ def save(
     *,
     card: str = "",
     licence_from: Path | None = None,
+    processor: Any = None,
 ) -> Path:
     """Write a standard checkpoint to ``out``, replacing what was there; nothing half-written remains.
 
+    The files of a ``processor`` come along, from the folder of the licence if they are there.
     Raises ModelError when it cannot be written, a full disk included.
     """
     with whole_folder(out) as folder, _quiet():
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+        if processor is not None:
+            processors.save(processor, folder, licence_from)
         if card:
             (folder / "README.md").write_text(card)
         for licence in _licences(licence_from):

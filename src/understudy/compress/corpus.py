@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from understudy.compress.media import Media
+
 Chat = list[dict[str, Any]]
 """OpenAI messages, the last one by the assistant."""
 
@@ -34,6 +36,8 @@ class Document(NamedTuple):
     """Position of the first token."""
     after: int = -1
     """In a row: the number of the document whose tokens before ``start`` stand in front of this one."""
+    media: Media | None = None
+    """Its pictures or sound, whose placeholders are among the tokens; it then has a row of its own."""
 
     def upto(self, count: int) -> Document:
         """The first tokens."""
@@ -53,6 +57,10 @@ class Row(NamedTuple):
     @property
     def tokens(self) -> int:
         return sum(len(d.tokens) for d in self.documents)
+
+    @property
+    def media(self) -> Media | None:
+        return self.documents[0].media if self.documents else None
 
     @property
     def targets(self) -> int:
@@ -78,11 +86,19 @@ class Batch(NamedTuple):
     """int64: number of the document within the batch; −1 on padding."""
     sight: Tensor | None
     """bool, (rows, 1, length, length): what each token sees; None where documents see only themselves."""
+    media: tuple[Media | None, ...] = ()
+    """Of each row."""
 
     def first(self, rows: int) -> Batch:
         """The first rows."""
-        *parts, sight = self
-        return Batch(*(part[:rows] for part in parts), sight=None if sight is None else sight[:rows])
+        return self.rows(range(min(rows, len(self.tokens))))
+
+    def rows(self, chosen: Sequence[int]) -> Batch:
+        """These rows, in this order."""
+        *parts, sight, media = self
+        at = list(chosen)
+        of = tuple(media[i] for i in at) if media else ()
+        return Batch(*(part[at] for part in parts), sight=None if sight is None else sight[at], media=of)
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Document:
@@ -91,8 +107,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Document:
     The header is what `add_generation_prompt` adds; the end-of-turn token counts as the assistant's. An
     assistant's message with ``weight`` 0 is read and not learnt, as in OpenAI's fine-tuning format
     (platform.openai.com/docs/guides/supervised-fine-tuning).
+    For a model that sees or hears its processor stands in the tokenizer's place.
     Raises InputError when the tokenizer has no chat template.
     """
+    if hasattr(tokenizer, "tokenizer"):
+        from understudy.compress.media import encode
+
+        return encode(tokenizer, chat)
     if not tokenizer.chat_template:
         raise InputError(
             "the tokenizer has no chat template",
@@ -128,16 +149,20 @@ def _span(tokenizer: PreTrainedTokenizerBase, chat: Chat, index: int, text: str)
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Document:
     """Tokens of running text; none of them is an answer."""
-    tokens = cast(list[int], cast(Any, tokenizer)(text, add_special_tokens=False)["input_ids"])
+    plain = getattr(tokenizer, "tokenizer", tokenizer)
+    tokens = cast(list[int], cast(Any, plain)(text, add_special_tokens=False)["input_ids"])
     return Document(list(tokens), [False] * len(tokens))
 
 
 def windows(documents: Sequence[Document], length: int) -> list[Document]:
-    """Documents cut to at most ``length`` tokens; a piece of one token predicts nothing and is left out."""
+    """Documents cut to at most ``length`` tokens; a piece of one token predicts nothing and is left out.
+
+    One with pictures stays whole: their placeholders must not be parted from them.
+    """
     pieces = [
-        Document(d.tokens[i : i + length], d.answer[i : i + length])
+        d if d.media else Document(d.tokens[i : i + length], d.answer[i : i + length])
         for d in documents
-        for i in range(0, len(d.tokens), length)
+        for i in range(0, 1 if d.media else len(d.tokens), length)
     ]
     return [piece for piece in pieces if len(piece.tokens) > 1]
 
@@ -145,9 +170,12 @@ def windows(documents: Sequence[Document], length: int) -> list[Document]:
 def pack(documents: Sequence[Document], length: int, *, share: bool = False) -> list[Row]:
     """Rows of at most ``length`` tokens by best fit, longest first; the order is deterministic.
 
-    With ``share``, documents that begin alike stand in one row behind a single copy of their beginning.
+    With ``share``, documents that begin alike stand in one row behind a single copy of their beginning. One
+    with pictures has a row of its own, behind all others.
     """
     pieces = windows(documents, length)
+    seeing = sorted((d for d in pieces if d.media), key=lambda d: (-len(d.tokens), d.tokens))
+    pieces = [d for d in pieces if not d.media]
     wholes = bundles(pieces, length) if share else [[piece] for piece in pieces]
     wholes.sort(key=lambda bundle: (-_size(bundle), [d.tokens for d in bundle]))
     rows: list[Row] = []
@@ -161,12 +189,13 @@ def pack(documents: Sequence[Document], length: int, *, share: bool = False) -> 
         first = len(rows[at].documents)
         rows[at].documents.extend(d._replace(after=first) if d.after >= 0 else d for d in bundle)
         room.setdefault((left or length) - need, []).append(at)
-    return rows
+    return rows + [Row([document], len(document.tokens)) for document in seeing]
 
 
 def shared_length(documents: Sequence[Document]) -> int:
     """Twice what documents need by themselves: the longer a row, the fewer copies of a beginning."""
-    return 2 * row_length(documents)
+    alone = all(d.media for d in documents)
+    return row_length(documents) * (1 if alone else 2)
 
 
 def _size(bundle: Sequence[Document]) -> int:
@@ -208,10 +237,13 @@ def take(documents: Sequence[Document], tokens: int, seed: int, *, share: bool =
 
 
 def batches(rows: Sequence[Row], tokens: int) -> Iterator[Batch]:
-    """Rows in batches of about ``tokens`` tokens, padding included."""
-    per_batch = max(1, tokens // rows[0].length) if rows else 1
-    for start in range(0, len(rows), per_batch):
-        yield collate(rows[start : start + per_batch])
+    """Rows in batches of about ``tokens`` tokens, padding included; as many pictures in each row."""
+    shown = [len(row.media) if row.media else 0 for row in rows]
+    for count in sorted(set(shown)):
+        alike = [row for row, number in zip(rows, shown, strict=True) if number == count]
+        per_batch = max(1, tokens // alike[0].length) if alike else 1
+        for start in range(0, len(alike), per_batch):
+            yield collate(alike[start : start + per_batch])
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -240,9 +272,8 @@ def collate(rows: Sequence[Row]) -> Batch:
     real = document >= 0
     predicts = real & (document == _next(document, -2))
     sight = _sight(document, positions, before, start_of) if bool((before >= 0).any()) else None
-    return Batch(
-        tokens, positions, _next(tokens, 0), real, predicts, predicts & _next(answers, False), document, sight
-    )
+    learnt, media = predicts & _next(answers, False), tuple(row.media for row in rows)
+    return Batch(tokens, positions, _next(tokens, 0), real, predicts, learnt, document, sight, media)
 
 
 def _sight(document: Tensor, positions: Tensor, before: Tensor, start_of: Tensor) -> Tensor:
@@ -268,4 +299,5 @@ def fingerprint(documents: Sequence[Document]) -> str:
     for d in documents:
         digest.update(b"|" + ",".join(map(str, d.tokens)).encode())
         digest.update(bytes(d.answer))
+        digest.update(d.media.digest.encode() if d.media else b"")
     return digest.hexdigest()

@@ -8,13 +8,15 @@ memory.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
-from understudy.compress.families import FAMILIES, Family, Mixture
+from understudy.compress.families import DECODERS, FAMILIES, HOSTS, Family, Mixture
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
@@ -85,6 +87,15 @@ class Extras(NamedTuple):
     attention: int = 0
     """Parameters of a layer's attention where heads are fixed; 0: they follow from the heads."""
     mixed: Mixed | None = None
+    heads_fill_width: bool = False
+    """As `Family.heads_fill_width`."""
+    layers_fixed: bool = False
+    """As `Host.layers_fixed`."""
+    spare_rows: int = 0
+    """Rows of the embedding that the output matrix has no counterpart of."""
+    cross_layers: int = 0
+    """Layers that read pictures instead of the stream; each has norms of query and key heads and two gates more
+    than others."""
 
 
 def bias_of(linear: nn.Linear) -> nn.Parameter | None:
@@ -147,23 +158,34 @@ class Layer:
 
     @property
     def writes_through_norm(self) -> bool:
-        """Whether a norm stands between the projections that write and the residual stream."""
-        return bool(self.family.attention_post_norm)
+        """Whether a norm or a gate stands between the projections that write and the residual stream."""
+        return bool(self.family.attention_post_norm) or self.gated
+
+    @property
+    def gated(self) -> bool:
+        """Whether what the layer adds depends on what it was called with: gates, masks, absent pictures."""
+        return self.family.gated
 
     def attention(self, hidden: Tensor, call: Mapping[str, Any]) -> Tensor:
         """The attention branch's addition to the stream; ``call`` as recorded by `calibrate`."""
+        given = self.family.attention_call(call)
+        if given is None:
+            return hidden.new_zeros(()).expand(hidden.shape)
         normed = self.read_attention(hidden)
-        out = self.module.get_submodule(self.family.attention)(hidden_states=normed, **call)[0]
-        return self._after(self.family.attention_post_norm, out)
+        out = self.module.get_submodule(self.family.attention)(hidden_states=normed, **given)[0]
+        return self.family.scale_attention(self.module, self._after(self.family.attention_post_norm, out))
 
     def write_attention(self, mixed: Tensor) -> Tensor:
         """The end of the attention branch, from what enters `o_proj`."""
         return self._after(self.family.attention_post_norm, self.o(mixed))
 
-    def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The feed-forward branch's addition to the stream."""
+    def feed_forward(self, hidden: Tensor, call: Mapping[str, Any] | None = None) -> Tensor:
+        """The feed-forward branch's addition to the stream; ``call`` matters where the layer is `gated`."""
+        if self.gated and self.family.attention_call(call or {}) is None:
+            return hidden.new_zeros(()).expand(hidden.shape)
         normed = self.read_feed_forward(hidden)
-        return self._after(self.family.ffn_post_norm, self.module.get_submodule(self.family.ffn)(normed))
+        out = self._after(self.family.ffn_post_norm, self.module.get_submodule(self.family.ffn)(normed))
+        return self.family.scale_ffn(self.module, out, call or {})
 
     def read_attention(self, hidden: Tensor) -> Tensor:
         """What q, k and v read of the stream."""
@@ -184,6 +206,9 @@ class Layer:
         """Tell the attention module its new grouping; the number of heads it reads off its weights."""
         attention = cast(Any, self.module.get_submodule(self.family.attention))
         attention.num_key_value_groups = heads // kv_heads
+        for name, count in (("num_heads", heads), ("num_key_value_heads", kv_heads)):
+            if hasattr(attention, name):
+                setattr(attention, name, count)
 
     def renumber(self, index: int) -> None:
         """Tell the attention module its place, under which it keeps its keys and values."""
@@ -196,16 +221,25 @@ class Layer:
 def family_of(model: PreTrainedModel) -> Family:
     """The adapter for a model. Raises ModelError for an architecture that none fits."""
     model_type = str(model.config.model_type)
-    for family in FAMILIES:
-        if family.model_type == model_type:
-            family.refuse(model)
-            return family
+    family = _family(model_type, str(getattr(getattr(model.config, "text_config", None), "model_type", "")))
+    if family is not None:
+        family.refuse(model)
+        return family
     raise ModelError(
         f"no adapter for the model type {model_type!r}",
-        expected="one of: " + ", ".join(f.model_type for f in FAMILIES),
+        expected="one of: " + ", ".join(f.model_type for f in (*FAMILIES, *HOSTS)),
         next_step="add a Family as a file of compress/families: model_type, the norms around attention and "
         "feed-forward, gain offset, embedding scale; its tests say whether it is right",
     )
+
+
+@cache
+def _family(model_type: str, text_type: str) -> Family | None:
+    """The adapter of a text model, or of the decoder inside a host."""
+    host = next((h for h in HOSTS if h.model_type == model_type), None)
+    wanted, among = (text_type, DECODERS) if host else (model_type, FAMILIES)
+    found = next((f for f in among if f.model_type == wanted), None)
+    return dataclasses.replace(found, host=host) if found and host else found
 
 
 def body(model: PreTrainedModel) -> Any:
@@ -217,14 +251,35 @@ def states_of(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Hidden states behind the last layer and its norm, (rows, length, width)."""
     import torch
 
+    host = family_of(model).host
+    if host is not None and any(batch.media):
+        if len(_alike(batch)) > 1:
+            return _apart(model, batch)
+        return host.states(model, batch)
     sight = None
     if batch.sight is not None:
         hidden_by = torch.finfo(model.dtype).min
         sight = torch.zeros(batch.sight.shape, dtype=model.dtype).masked_fill_(~batch.sight, hidden_by)
-    out = body(model)(
-        input_ids=batch.tokens, position_ids=batch.positions, attention_mask=sight, use_cache=False
-    )
+    positions = host.positions(batch.positions) if host else batch.positions
+    out = body(model)(input_ids=batch.tokens, position_ids=positions, attention_mask=sight, use_cache=False)
     return cast("Tensor", out.last_hidden_state)
+
+
+def _apart(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Rows by how much they show, each kind by itself, in the order they stand in."""
+    import torch
+
+    groups = list(_alike(batch).values())
+    parts = [states_of(model, batch.rows(rows)) for rows in groups]
+    return torch.cat(parts)[torch.tensor([row for rows in groups for row in rows]).argsort()]
+
+
+def _alike(batch: Batch) -> dict[int, list[int]]:
+    """Rows by their number of pictures: cross-attention would see one that another row lacks."""
+    groups: dict[int, list[int]] = {}
+    for row, media in enumerate(batch.media):
+        groups.setdefault(len(media) if media else 0, []).append(row)
+    return groups
 
 
 def may_share(model: PreTrainedModel, length: int) -> bool:
@@ -235,7 +290,7 @@ def may_share(model: PreTrainedModel, length: int) -> bool:
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
     family = family_of(model)
-    return [Layer(module, family) for module in family.body(model).layers]
+    return [Layer(module, family.of_layer(module)) for module in family.body(model).layers]
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
@@ -247,6 +302,12 @@ def vocabulary_weights(model: PreTrainedModel) -> list[nn.Parameter]:
     """The embedding, and the output matrix where it is another."""
     embedding, head = cast("nn.Parameter", body(model).embed_tokens.weight), head_weight(model)
     return [embedding] if head is embedding else [embedding, cast("nn.Parameter", head)]
+
+
+def outside_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    """What is not the language model: towers and projectors, kept as they are; empty for a text model."""
+    inside = {id(p) for p in body(model).parameters()} | {id(family_of(model).head(model).weight)}
+    return [p for p in model.parameters() if id(p) not in inside]
 
 
 def narrow_embedding(model: PreTrainedModel, keep: list[int]) -> float:
@@ -315,7 +376,7 @@ def extras_of(model: PreTrainedModel) -> Extras:
     mixture = mixture_of(model)
     fixed = family.heads_fixed
     return Extras(
-        tied=bool(family.config(model).tie_word_embeddings),
+        tied=head_weight(model) is body(model).embed_tokens.weight,
         q_bias=not fixed and bias_of(layer.q) is not None,
         kv_bias=not fixed and bias_of(layer.k) is not None,
         o_bias=not fixed and bias_of(layer.o) is not None,
@@ -325,6 +386,10 @@ def extras_of(model: PreTrainedModel) -> Extras:
         heads_divide_width=family.heads_divide_width,
         attention=sum(p.numel() for p in attention.parameters()) if fixed else 0,
         mixed=_mixed(model, mixture) if mixture else None,
+        heads_fill_width=family.heads_fill_width,
+        layers_fixed=bool(family.host and family.host.layers_fixed),
+        spare_rows=int(body(model).embed_tokens.weight.shape[0] - head_weight(model).shape[0]),
+        cross_layers=sum(layer.gated for layer in layers_of(model)),
     )
 
 
@@ -364,14 +429,16 @@ def _attention_parameters(shape: Shape, extras: Extras) -> int:
 
 
 def parameters(shape: Shape, extras: Extras) -> int:
-    """Parameters of a model of this shape, tied embeddings counted once."""
-    embeddings = shape.vocab * shape.hidden * (1 if extras.tied else 2)
+    """Parameters of a language model of this shape, tied embeddings counted once; what stands around it
+    (`outside_weights`) is not among them."""
+    embeddings = (shape.vocab * (1 if extras.tied else 2) + extras.spare_rows) * shape.hidden
     plain = extras.mixed.plain if extras.mixed and shape.experts else 0
     routing = (shape.layers - plain) * layer_parameters(shape, extras)
     if extras.mixed and plain:
         one = msgspec.structs.replace(shape, experts=0, ffn=extras.mixed.plain_ffn)
         routing += plain * layer_parameters(one, extras)
-    return embeddings + shape.hidden + routing
+    crossing = extras.cross_layers * 2 * (shape.head_dim + 1)
+    return embeddings + shape.hidden + routing + crossing
 
 
 def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) -> None:
@@ -385,6 +452,8 @@ def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) ->
         config.num_attention_heads = shape.heads
         config.num_key_value_heads = shape.kv_heads
         config.head_dim = shape.head_dim
+    if family.host is not None:
+        family.host.write_width(model, shape.hidden)
     if getattr(config, "layer_types", None) and len(config.layer_types) != len(kept_layers):
         config.layer_types = [config.layer_types[i] for i in kept_layers]
 

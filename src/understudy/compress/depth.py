@@ -105,5 +105,6 @@ class _Search:
 
 def advance(stream: Stream, layer: Layer, index: int) -> None:
     """Pass the stream through a whole layer."""
+    stream.arrive(index)
     stream.advance(layer.attention, index)
-    stream.advance(lambda hidden, _call: layer.feed_forward(hidden), index)
+    stream.advance(layer.feed_forward, index)

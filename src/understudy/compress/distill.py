@@ -33,7 +33,13 @@ from understudy.compress.corpus import (
     shared_length,
     shuffled,
 )
-from understudy.compress.decoder import head_weight, may_share, softcap_of, vocabulary_weights
+from understudy.compress.decoder import (
+    head_weight,
+    may_share,
+    outside_weights,
+    softcap_of,
+    vocabulary_weights,
+)
 from understudy.compress.fidelity import final_hidden, side_of
 from understudy.compress.losses import (
     Divergence,
@@ -225,7 +231,8 @@ class _Run:
         self.order = _Order(self.rows, max(1, settings.step_tokens // length), settings.seed)
         self.identity = fingerprint(corpus.train) + fingerprint(corpus.held_out)
         self.curve = Curve()
-        frozen = () if settings.train_vocabulary else {id(p) for p in vocabulary_weights(student)}
+        kept = [] if settings.train_vocabulary else vocabulary_weights(student)
+        frozen = {id(p) for p in (*kept, *outside_weights(student))}
         for parameter in student.parameters():
             parameter.requires_grad_(id(parameter) not in frozen)
         self.parameters = [p for p in student.parameters() if p.requires_grad]

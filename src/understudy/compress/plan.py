@@ -176,6 +176,8 @@ def _shrink(
     groups = range(shape.group, 0, -1) if free_heads else (shape.group,)
     fewer = [msgspec.structs.replace(shape, heads=group * shape.kv_heads) for group in groups]
     allowed = [s for s in fewer if not extras.heads_divide_width or s.hidden % s.heads == 0]
+    if extras.heads_fill_width:
+        allowed = [s for s in allowed if s.hidden == s.heads * s.head_dim]
     sized = [(s, ffn) for s in allowed if (ffn := _largest_ffn(s, extras, wanted)) is not None]
     if not sized:
         least = parameters(msgspec.structs.replace(allowed[-1], ffn=min(MULTIPLE, shape.ffn)), extras)
@@ -214,6 +216,19 @@ def check(teacher: Shape, student: Shape, extras: Extras) -> None:
             raise InputError(f"{name} = {size}", expected=f"1 to {most}, the teacher's")
     if extras.attention:
         _check_fixed(teacher, student, extras)
+    if extras.layers_fixed and student.layers != teacher.layers:
+        raise InputError(
+            f"layers = {student.layers}",
+            expected=f"{teacher.layers}: pictures enter between the layers of this family",
+            next_step="take channels, heads or width instead",
+        )
+    if extras.heads_fill_width and student.hidden != student.heads * student.head_dim:
+        raise InputError(
+            f"{student.heads} query heads of {student.head_dim} with width {student.hidden}",
+            expected=f"width {student.heads * student.head_dim}: transformers derives the head dimension of "
+            "this family from both",
+            next_step="take heads and width away together, or channels only",
+        )
     if student.heads % student.kv_heads or student.group > teacher.group:
         raise InputError(
             f"{student.heads} query heads over {student.kv_heads} KV heads",

@@ -162,11 +162,13 @@ class _Sweep:
     def skip(self, index: int, layer: Layer) -> None:
         """A layer the student does without."""
         self.drifted = True
+        self._arrive(index)
         for attention in (True, False):
             self._advance_teacher(index, layer, attention=attention)
 
     def layer(self, index: int, layer: Layer, wanted: _Wanted) -> LayerPlan:
-        follows = self.teacher is not None and not layer.writes_through_norm
+        self._arrive(index)
+        follows = self.teacher is not None and (layer.gated or not layer.writes_through_norm)
         original = Layer(copy.deepcopy(layer.module), layer.family) if follows else None
         heads = self._attention(index, layer, original, wanted.given)
         channels = self._feed_forward(index, layer, original, wanted)
@@ -181,13 +183,14 @@ class _Sweep:
         if untouched and (layer.family.heads_fixed or not (self.drifted and ahead)):
             self.stream.advance(attention_of(layer), index)
             return whole
-        gram = observe(layer.o, self.stream, attention_of(layer), index, ahead)
+        gram = self._seen(layer, layer.o, attention_of(layer), index, ahead)
         heads = (
             whole if untouched else Heads(given.heads, given.kv_heads) if given else self._choose(layer, gram)
         )
         columns = head_columns(heads.query, before.head_dim)
         cut_heads(layer, heads, before.head_dim, self._refit(layer.o, gram, columns))
-        self._go_on(gram, columns, layer.write_attention, attention_of(layer), index)
+        write = None if layer.gated else layer.write_attention
+        self._go_on(gram, columns, write, attention_of(layer), index)
         return heads
 
     def _choose(self, layer: Layer, gram: Gram) -> Heads:
@@ -209,19 +212,43 @@ class _Sweep:
         if untouched and not (self.drifted and ahead):
             self.stream.advance(feed_forward_of(layer), index)
             return list(range(self.plan.teacher.ffn))
-        gram = observe(layer.down, self.stream, feed_forward_of(layer), index, ahead)
+        gram = self._seen(layer, layer.down, feed_forward_of(layer), index, ahead)
         block = Gated(layer.gate.weight, layer.up.weight, layer.down.weight)
         scores = channel_scores(self.method.score, block, gram, wanted.taylor)
         channels = wanted.given.channels if wanted.given else top(scores, wanted.ffn)
         cut_channels(layer, channels, self._refit(layer.down, gram, channels))
-        self._go_on(gram, channels, layer.write_feed_forward, feed_forward_of(layer), index)
+        write = None if layer.gated else layer.write_feed_forward
+        self._go_on(gram, channels, write, feed_forward_of(layer), index)
         return channels
 
+    def _seen(
+        self, layer: Layer, writer: nn.Linear, branch: Branch, index: int, ahead: list[Tensor] | None
+    ) -> Gram:
+        """What enters ``writer``. A gated one is asked for less than the stream lacks, and is not pulled."""
+        gram = observe(writer, self.stream, branch, index, None if layer.gated else ahead)
+        if not gram.tokens:
+            raise ModelError(
+                f"no calibration chat reaches layer {index}, which reads pictures",
+                expected="at least one chat with a picture",
+                next_step="give --calibration a file with image_url parts",
+            )
+        return gram
+
+    def _arrive(self, index: int) -> None:
+        for stream in (self.stream, self.teacher):
+            if stream is not None:
+                stream.arrive(index)
+
     def _go_on(
-        self, gram: Gram, columns: list[int], write: Callable[[Tensor], Tensor], branch: Branch, index: int
+        self,
+        gram: Gram,
+        columns: list[int],
+        write: Callable[[Tensor], Tensor] | None,
+        branch: Branch,
+        index: int,
     ) -> None:
         """Pass through the pruned branch: what it read before is what it reads now, at fewer columns."""
-        if gram.inputs:
+        if gram.inputs and write is not None:
             self.stream.advance_from([x[..., columns] for x in gram.inputs], write)
         else:
             self.stream.advance(branch, index)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -195,7 +195,7 @@ class _Steps:
         self.progress(step, 1, 1)
 
     def _texts(self) -> _Texts:
-        tokenizer, job = self.loaded.tokenizer, self.job
+        tokenizer, job = self.loaded.reader, self.job
         train = [encode_chat(tokenizer, chat) for chat in job.train]
         train += [encode_text(tokenizer, text) for text in job.calibration_text]
         held_out = [encode_chat(tokenizer, chat) for chat in job.held_out]
@@ -226,7 +226,7 @@ class _Steps:
             texts = batched(self.texts.calibration, LEAST_TOKENS, sharing=teacher)
             student, plan = student_of(copy.deepcopy(teacher), plan, texts, progress=self.progress)
             plans.save(plan, path)
-            checkpoint.save(student, self.loaded.tokenizer, folder)
+            checkpoint.save(student, self.loaded.tokenizer, folder, **self._origin())
         return plan, student
 
     def _before(self, student: PreTrainedModel) -> Fidelity:
@@ -294,6 +294,10 @@ class _Steps:
             f"healed on {trained:,} tokens of its teacher's distribution, seed {self.job.seed}",
         ]
 
+    def _origin(self) -> dict[str, Any]:
+        """What a student's folder takes over from its teacher's: licence and processor."""
+        return {"licence_from": self.loaded.folder, "processor": self.loaded.processor}
+
     def _save(self, student: PreTrainedModel, report: OwnReport) -> OwnReport:
         """The checkpoint first, the report last: a report means that all of it is there."""
         checkpoint.save(
@@ -301,7 +305,7 @@ class _Steps:
             self.loaded.tokenizer,
             self.out / "checkpoint",
             card=model_card(report.plan, _lines(report)),
-            licence_from=self.loaded.folder,
+            **self._origin(),
         )
         (self.out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
         distill.forget(self.out / "heal")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -82,7 +82,7 @@ def prune_only(
     Raises InputError or ModelError for sizes, a plan, a teacher or texts that cannot be used.
     """
     loaded = checkpoint.load(job.teacher)
-    read = cache(lambda: take(job.texts(loaded.tokenizer), job.tokens, job.seed))
+    read = cache(lambda: take(job.texts(loaded.reader), job.tokens, job.seed))
     plan = plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, read, progress)
     show(plan)
     path = job.out.with_name(job.out.name + ".plan.json")
@@ -99,7 +99,8 @@ def prune_only(
         f"calibration {fingerprint(calibration)}, {sum(len(d.tokens) for d in calibration):,} tokens",
     ]
     card = model_card(plan, facts)
-    checkpoint.save(model, loaded.tokenizer, job.out, card=card, licence_from=loaded.folder)
+    origin: dict[str, Any] = {"licence_from": loaded.folder, "processor": loaded.processor}
+    checkpoint.save(model, loaded.tokenizer, job.out, card=card, **origin)
     return plan
 
 
@@ -165,13 +166,14 @@ def heal_only(job: HealJob, progress: Progress = silent) -> Curve:
     """Heal a checkpoint and save it; goes on from the state an interrupted run left."""
     teacher, student = checkpoint.load(job.teacher), checkpoint.load(job.student)
     require_same_tokenizer(teacher.tokenizer, student.tokenizer)
-    documents = job.texts(teacher.tokenizer)
+    documents = job.texts(teacher.reader)
     count = round(job.held_out * len(documents))
     held_out, train = documents[:count], documents[count:]
     state = job.out.with_name(job.out.name + ".heal")
     corpus = distill.Corpus(train, held_out)
     curve = distill.heal(student.model, LiveTeacher(teacher.model), corpus, job.settings, state, progress)
-    checkpoint.save(student.model, student.tokenizer, job.out, licence_from=student.folder)
+    origin: dict[str, Any] = {"licence_from": student.folder, "processor": student.processor}
+    checkpoint.save(student.model, student.tokenizer, job.out, **origin)
     distill.forget(state)
     return curve
 
@@ -184,7 +186,7 @@ def compare(teacher: str, student: str, texts: Texts, tokens: int, progress: Pro
     second = checkpoint.load(student)
     progress("load", 2, 2)
     require_same_tokenizer(first.tokenizer, second.tokenizer)
-    documents = texts(first.tokenizer)
+    documents = texts(first.reader)
     if tokens:
         documents = take(documents, tokens, 0)
     return fidelity(first.model, second.model, batched(documents, 2), progress=progress)

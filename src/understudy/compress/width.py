@@ -39,6 +39,7 @@ from understudy.compress.decoder import (
 )
 from understudy.compress.importance import refit, refit_gain, refit_reader, top
 from understudy.compress.progress import Progress, silent
+from understudy.compress.projector import narrowed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +62,8 @@ def choose_width(model: PreTrainedModel, batches: Sequence[Batch], count: int) -
     """
     stream, scores = enter(model, batches), torch.zeros(head_weight(model).shape[1])
     for index, layer in enumerate(layers_of(model)):
-        scores += _drawn(layer.read_attention, (layer.q.weight, layer.k.weight, layer.v.weight), stream)
+        stream.arrive(index)
+        scores += _drawn(layer.read_attention, [r.weight for r in layer.attention_readers], stream)
         stream.advance(attention_of(layer), index)
         scores += _drawn(layer.read_feed_forward, (layer.gate.weight, layer.up.weight), stream)
         stream.advance(feed_forward_of(layer), index)
@@ -80,12 +82,14 @@ def narrow(
     model: PreTrainedModel, keep: list[int], batches: Sequence[Batch], how: Refit, progress: Progress = silent
 ) -> None:
     """Keep these dimensions of the hidden stream, in place; the configuration is the caller's to write."""
+    apply = narrowed(model, keep, batches, how.ridge)
     wide = enter(model, batches)
     sweep, layers = _Narrowing(keep, how, wide, family_of(model).gain_offset), layers_of(model)
     for index, layer in enumerate(layers):
         sweep.layer(index, layer)
         progress("width", index + 1, len(layers))
     sweep.finish(model)
+    apply(model)
 
 
 class _Branches(NamedTuple):
@@ -103,12 +107,15 @@ class _Narrowing:
 
     def __init__(self, keep: list[int], how: Refit, wide: Stream, offset: float) -> None:
         self.keep, self.how, self.wide, self.offset = keep, how, wide, offset
-        self.thin = Stream([hidden[..., keep] for hidden in wide.hidden], wide.calls, wide.real)
+        between = [{i: added[..., keep] for i, added in of.items()} for of in wide.between]
+        self.thin = Stream([hidden[..., keep] for hidden in wide.hidden], wide.calls, wide.real, between)
 
     def layer(self, index: int, layer: Layer) -> None:
         original, family = Layer(copy.deepcopy(layer.module), layer.family), layer.family
+        self.wide.arrive(index)
+        self.thin.arrive(index)
         self._norm(layer.norm(family.attention_norm), original.read_attention)
-        self._read(layer.read_attention, (layer.q, layer.k, layer.v), original.read_attention)
+        self._read(layer.read_attention, layer.attention_readers, original.read_attention)
         self._write(_Branches(layer, original, attention_of, index), layer.o, family.attention_post_norm)
         self._norm(layer.norm(family.ffn_norm), original.read_feed_forward)
         self._read(layer.read_feed_forward, (layer.gate, layer.up), original.read_feed_forward)
@@ -172,7 +179,7 @@ class _Narrowing:
         ahead = [hidden[..., self.keep] for hidden in self.wide.hidden]
         if post_norm:
             self._post_norm(at.layer.norm(post_norm), branch, at.place, before, ahead)
-        elif self.how.refit:
+        elif self.how.refit and not at.layer.gated:
             gram = observe(writer, self.thin, branch, at.place, ahead)
             columns = list(range(writer.in_features))
             weight = refit(writer.weight, gram, columns, ridge=self.how.ridge, pull=self.how.pull)

@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any, cast
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from understudy.compress.families.host import Host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,12 @@ class Family:
     """transformers refuses a configuration whose width is no multiple of its query heads."""
     heads_fixed: bool = False
     """Heads share more than the stream, a norm or a latent, and cannot be cut one by one."""
+    heads_fill_width: bool = False
+    """transformers derives the head dimension, width / query heads: both shrink together or not at all."""
+    gated: bool = False
+    """A layer of this kind adds nothing by itself: a gate weighs it; without a picture it is passed by."""
+    host: Host | None = None
+    """The model around the decoder, where it sees or hears; set by `decoder.family_of`."""
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -56,11 +66,30 @@ class Family:
 
     def config(self, model: PreTrainedModel) -> Any:
         """The part of the configuration that describes the decoder."""
-        return model.config
+        return cast(Any, model.config).text_config if self.host else model.config
 
     def body(self, model: PreTrainedModel) -> Any:
         """The decoder without its head: `embed_tokens`, `layers`, `norm`."""
-        return cast(Any, model).model
+        return model.get_submodule(self.host.decoder) if self.host else cast(Any, model).model
+
+    def of_layer(self, layer: nn.Module) -> Family:
+        """The adapter of one layer, where a decoder mixes kinds of layers."""
+        del layer
+        return self
+
+    def attention_call(self, call: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What the attention module takes of what its layer is called with; None: the layer is passed by."""
+        return call
+
+    def scale_attention(self, layer: nn.Module, out: Tensor) -> Tensor:
+        """What the attention branch adds to the stream, from what `o_proj` or the norm behind it gives."""
+        del layer
+        return out
+
+    def scale_ffn(self, layer: nn.Module, out: Tensor, call: Mapping[str, Any]) -> Tensor:
+        """The same for the feed-forward branch."""
+        del layer, call
+        return out
 
     def head(self, model: PreTrainedModel) -> nn.Linear:
         """The output projection."""

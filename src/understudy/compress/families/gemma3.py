@@ -1,10 +1,11 @@
-"""Gemma 3, text: norms before and after both branches, gains stored less one, a scaled embedding."""
+"""Gemma 3: norms before and after both branches, gains stored less one, a scaled embedding."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from understudy.compress.families.family import Family
+from understudy.compress.families.host import Host
 
 
 class Gemma(Family):
@@ -26,4 +27,9 @@ GEMMA3 = Gemma(
     ffn_post_norm="post_feedforward_layernorm",
     gain_offset=1.0,
     heads_divide_width=True,
+)
+GEMMA3_VISION = Host(
+    name="Gemma 3",
+    model_type="gemma3",
+    columns=("model.multi_modal_projector.mm_input_projection_weight",),
 )
