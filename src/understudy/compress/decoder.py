@@ -94,8 +94,7 @@ class Extras(NamedTuple):
     spare_rows: int = 0
     """Rows of the embedding that the output matrix has no counterpart of."""
     cross_layers: int = 0
-    """Layers that read pictures instead of the stream; each has norms of query and key heads and two gates more
-    than others."""
+    """Layers that read pictures instead of the stream, with norms of query and key heads and two gates."""
 
 
 def bias_of(linear: nn.Linear) -> nn.Parameter | None:
