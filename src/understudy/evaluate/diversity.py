@@ -23,6 +23,7 @@ from understudy.evaluate.benchmarks import BenchmarkHeader, Scored, right
 from understudy.evaluate.evidence import Call, Item, Lines
 from understudy.evaluate.grade import grade
 from understudy.evaluate.proof import SUCCESS, score_of
+from understudy.evaluate.questions import LETTERS, letter_of
 from understudy.evaluate.scores import Table
 
 TRAFFIC = "traffic"
@@ -219,7 +220,10 @@ def _on_benchmark(one: Lines[BenchmarkHeader, Scored], other: Lines[BenchmarkHea
 
 
 def _chances(header: BenchmarkHeader, line: Scored) -> list[float]:
-    """Softmax over the choices' log-probabilities, per character where the suite's figure is."""
+    """Softmax over the choices' log-probabilities, per character where the suite's figure is; all of it on
+    the choice that was answered, where it was asked, and even where none was."""
+    if header.generative:
+        return _picked(header, line)
     values = [
         value / length if header.normalised else value
         for value, length in zip(line.logprobs, line.lengths, strict=True)
@@ -228,6 +232,17 @@ def _chances(header: BenchmarkHeader, line: Scored) -> list[float]:
     weights = [math.exp(value - highest) for value in values]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
+
+
+def _picked(header: BenchmarkHeader, line: Scored) -> list[float]:
+    options = len(line.lengths)
+    if not options:  # an answer in free text is right or wrong
+        value = right(header, line)
+        return [value, 1.0 - value]
+    letter = letter_of(line.text, options)
+    if not letter:
+        return [1.0 / options] * options
+    return [float(letter == LETTERS[choice]) for choice in range(options)]
 
 
 def warning(pair: Pair) -> str:

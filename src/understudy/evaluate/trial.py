@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -23,6 +23,8 @@ from understudy.catalog.plan import Plan, make_plan
 from understudy.catalog.prices import pricer
 from understudy.endpoint import Endpoint, HttpEndpoint
 from understudy.errors import InputError
+from understudy.evaluate import benchmarks
+from understudy.evaluate.benchmarks import Accuracy, BenchmarkHeader, PairedDifference, Scored
 from understudy.evaluate.certificate import (
     EVIDENCE,
     PLAN,
@@ -33,6 +35,7 @@ from understudy.evaluate.certificate import (
 )
 from understudy.evaluate.evidence import (
     Call,
+    Lines,
     ProofHeader,
     file_name,
     incumbent_of,
@@ -48,6 +51,7 @@ from understudy.traffic.sample import Exchange, exchanges, sample_hash, shapes, 
 from understudy.traffic.store import open_store
 
 Report = Callable[[str, Progress], None]
+T = TypeVar("T")
 
 
 def held_out(settings: config.Config, alias: str) -> list[Exchange]:
@@ -219,13 +223,58 @@ async def _judge(
             )
 
 
+class BenchmarkReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Benchmarks of one model or two."""
+
+    accuracies: list[Accuracy]
+    differences: list[PairedDifference]
+    """The second model's less the first's, on the same items."""
+
+
+async def benchmark(
+    loaded: config.Config,
+    models: Sequence[str],
+    suites: Sequence[str],
+    folder: Path,
+    out: Path,
+    *,
+    items: int,
+    generative: bool = False,
+) -> BenchmarkReport:
+    """Run built-in benchmarks on one endpoint or two; answers are kept in ``out`` and not paid for again."""
+    settings = loaded.evaluate
+    report = BenchmarkReport(accuracies=[], differences=[])
+    for suite in suites:
+        drawn = benchmarks.draw(suite, folder, items=items, seed=settings.seed, generative=generative)
+        for model in models:
+            async with connect(loaded, model) as client:
+                figure = await benchmarks.run(
+                    thrifty(client, loaded, settings),
+                    suite,
+                    drawn,
+                    evidence=out,
+                    seed=settings.seed,
+                    concurrency=settings.concurrency,
+                )
+            report.accuracies.append(figure)
+        if len(models) > 1:
+            first, second = (_kept(out, suite, model) for model in models[:2])
+            versus = benchmarks.paired(suite, first, second)
+            report.differences.extend([versus] if versus else [])
+    return report
+
+
+def _kept(out: Path, suite: str, model: str) -> Lines[BenchmarkHeader, Scored]:
+    return read_lines(out / file_name(model, f"bench-{suite}-"), BenchmarkHeader, Scored)
+
+
 def _retires(loaded: config.Config, model: str) -> str:
     """ISO date on which a model retires, by the catalog; empty where it knows none."""
     facts = catalog_of(loaded).find(model)
     return facts.retires.value.isoformat() if facts and facts.retires else ""
 
 
-def run(evaluation: Coroutine[Any, Any, Certificate]) -> Certificate:
+def run(evaluation: Coroutine[Any, Any, T]) -> T:
     """`evaluate` on uvloop where there is one: a third less CPU per call with thousands in flight."""
     if sys.platform == "win32":
         return asyncio.run(evaluation)
