@@ -77,6 +77,16 @@ class Endpoint(Section, frozen=True, kw_only=True):
     """URL up to and including the version, e.g. https://api.openai.com/v1."""
     api_key: str = ""
     """env:NAME or file:PATH. A key written here in clear is refused."""
+    responses: Literal["auto", "pass", "translate"] = "auto"
+    """What becomes of calls to /v1/responses at an endpoint of kind openai. pass: it has that route itself;
+    translate: it is asked for chat completions; auto: passed on to OpenAI and Azure, else translated."""
+    drop: list[str] = []
+    """Parameters of chat completions that are left out here, by path (seed, messages.name): instead of a 400
+    where the vendor has no counterpart. Named in the answer's header x-understudy-rules, as all rules are."""
+    rename: dict[str, str] = {}
+    """Parameters that are sent under another name, e.g. { max_tokens = "max_completion_tokens" }."""
+    default: dict[str, Any] = {}
+    """Parameters that are sent where a request has none, e.g. { max_tokens = 4096 }: Anthropic wants one."""
 
 
 class Alias(Section, frozen=True, kw_only=True):
@@ -92,6 +102,12 @@ class Alias(Section, frozen=True, kw_only=True):
     replaces it."""
     record: Literal["gateway", "metadata"] = "gateway"
     """gateway: as [gateway] record says; metadata: no texts of this alias's calls."""
+    drop: list[str] = []
+    """As an endpoint's, for calls of this alias; so are the two below."""
+    rename: dict[str, str] = {}
+    """Parameters that are sent under another name."""
+    default: dict[str, Any] = {}
+    """Parameters that are sent where a request has none."""
 
 
 class Redact(Section, frozen=True, kw_only=True):

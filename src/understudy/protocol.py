@@ -1,7 +1,7 @@
 """Chat, completion and usage types of the OpenAI protocol, and the assembly of server-sent events.
 
 Only what rooms need to talk about a call is typed; a request or answer keeps every other field untouched in
-its JSON. It ignores transport (endpoint, gateway) and other vendors' forms (gateway).
+its JSON. It ignores transport (endpoint, gateway) and other vendors' forms (forms).
 
 Source: OpenAI API reference, chat completions and completions; WHATWG HTML §9.2 for server-sent events.
 """
@@ -251,6 +251,8 @@ def _merge_delta(message: Json, delta: Json) -> None:
     for name, value in delta.items():
         if name == "tool_calls":
             _merge_tool_calls(message.setdefault("tool_calls", []), cast(list[Json], value or []))
+        elif isinstance(value, list):
+            message[name] = [*(message.get(name) or []), *cast(list[Any], value)]
         elif isinstance(value, str) and name != "role":
             message[name] = (message.get(name) or "") + value
         elif value is not None:
@@ -264,6 +266,8 @@ def _merge_tool_calls(calls: list[Json], pieces: Sequence[Json]) -> None:
             calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
         call = calls[index]
         call["id"] = piece.get("id") or call["id"]
+        if piece.get("extra_content"):
+            call["extra_content"] = piece["extra_content"]
         function = cast(Json, piece.get("function") or {})
         call["function"]["name"] += function.get("name") or ""
         call["function"]["arguments"] += function.get("arguments") or ""

@@ -471,12 +471,6 @@ async def test_a_port_in_use_is_named(tmp_path: Path, upstream: FaultyUpstream) 
         processes.up(lambda: taken)
 
 
-async def test_an_endpoint_that_needs_translation_is_refused_at_the_start(tmp_path: Path) -> None:
-    rest = '[endpoints.claude]\nkind = "anthropic"\nbase_url = "https://api.anthropic.com/v1"'
-    with pytest.raises(InputError, match=r"endpoints\.claude.*anthropic"):
-        await start(config_for(tmp_path, {"local": "http://127.0.0.1:1/v1"}, rest=rest))
-
-
 NO_SECRET = '[endpoints.keyed]\nbase_url = "http://127.0.0.1:1/v1"\napi_key = "env:UNDERSTUDY_TEST_NO_SUCH"'
 
 

@@ -10,11 +10,15 @@ them": one token is about four characters of English), and at least one per stre
 from __future__ import annotations
 
 import zlib
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from understudy.forms import anthropic, responses
+from understudy.forms.chat import Counts
 from understudy.protocol import Json, Usage, iter_events, text_of, usage_of
+from understudy.traffic.record import Route
 
 DECODED_BYTES = 64 << 20
 """Longest answer unpacked from its content coding."""
@@ -23,7 +27,7 @@ _LAST_EVENTS = 4
 
 
 class Seen(NamedTuple):
-    """What an answer says of itself."""
+    """What an answer says of itself, in the words of chat completions."""
 
     model: str = ""
     usage: Usage | None = None
@@ -32,6 +36,8 @@ class Seen(NamedTuple):
     """Streamed pieces that carried text; counted only when usage is missing."""
     text_bytes: int = 0
     """Bytes of the answer's text; counted only when usage is missing."""
+    prompt: Usage | None = None
+    """What was counted before an answer broke off."""
 
 
 class _Delta(msgspec.Struct):
@@ -64,6 +70,15 @@ def decoded(body: bytes, coding: bytes) -> bytes:
         return zlib.decompressobj(wbits=47).decompress(body, DECODED_BYTES)
     except zlib.error:
         return body
+
+
+def read(route: Route, body: bytes, streamed: bool) -> Seen:
+    """For an answer on any route."""
+    if route == "messages":
+        return _read_messages(body) if streamed else _read_message(body)
+    if route == "responses":
+        return _read_responses(body) if streamed else _read_response(body)
+    return read_stream(body) if streamed else read_json(body)
 
 
 def read_json(body: bytes) -> Seen:
@@ -141,9 +156,145 @@ def _size(value: object) -> int:
     return len(msgspec.json.encode(value))
 
 
+# Anthropic's messages and OpenAI's responses
+
+
+class _Message(msgspec.Struct):
+    model: Any = None
+    usage: dict[str, Any] | None = None
+    stop_reason: Any = None
+    content: Any = None
+
+
+class _MessageEvent(msgspec.Struct):
+    type: Any = None
+    message: _Message | None = None
+    delta: _Message | None = None
+    usage: dict[str, Any] | None = None
+
+
+class _Incomplete(msgspec.Struct):
+    reason: Any = None
+
+
+class _Response(msgspec.Struct):
+    model: Any = None
+    usage: dict[str, Any] | None = None
+    status: Any = None
+    incomplete_details: _Incomplete | None = None
+    output: Any = None
+
+
+class _ResponseEvent(msgspec.Struct):
+    response: _Response | None = None
+
+
+_decode_message = msgspec.json.Decoder(_Message).decode
+_decode_message_event = msgspec.json.Decoder(_MessageEvent).decode
+_decode_response = msgspec.json.Decoder(_Response).decode
+_decode_response_event = msgspec.json.Decoder(_ResponseEvent).decode
+
+
+def _read_message(body: bytes) -> Seen:
+    message = _decoded(_decode_message, body)
+    if message is None:
+        return Seen()
+    usage = _counted(anthropic.counts, message.usage)
+    size = _size(message.content) if usage is None else 0
+    return Seen(_text(message.model), usage, _ended(message.stop_reason), text_bytes=size)
+
+
+def _read_messages(raw: bytes) -> Seen:
+    """Usage grows: the first event counts the prompt, the last ones the whole."""
+    model, finish, told, ended = "", "", {}, False
+    for data in iter_events(raw):
+        if b"message_start" not in data and b"message_delta" not in data:
+            continue
+        event = _decoded(_decode_message_event, data)
+        if event is None:
+            continue
+        if event.message is not None:
+            model, told = _text(event.message.model), dict(event.message.usage or {})
+        if event.type == "message_delta":
+            told |= {name: count for name, count in (event.usage or {}).items() if count is not None}
+            finish, ended = _ended(event.delta.stop_reason if event.delta else None), True
+    usage = _counted(anthropic.counts, told) if told else None
+    if ended and usage is not None:
+        return Seen(model, usage, finish)
+    pieces, size = _grown(raw, b"content_block_delta")
+    return Seen(model, None, finish, pieces, size, usage)
+
+
+def _ended(reason: object) -> str:
+    return anthropic.finish(reason) if reason else ""
+
+
+def _read_response(body: bytes) -> Seen:
+    response = _decoded(_decode_response, body)
+    return Seen() if response is None else _of_response(response)
+
+
+def _read_responses(raw: bytes) -> Seen:
+    """The last event holds the whole response; one that broke off has at least its model."""
+    last = Seen()
+    for data in iter_events(raw):
+        if b'"response"' in data:
+            event = _decoded(_decode_response_event, data)
+            if event is not None and event.response is not None:
+                last = _of_response(event.response)
+    if last.usage is not None:
+        return last
+    pieces, size = _grown(raw, b".delta")
+    return last._replace(finish_reason="", pieces=pieces, text_bytes=size)
+
+
+def _of_response(response: _Response) -> Seen:
+    usage = _counted(responses.counts, response.usage)
+    reason = _text(response.incomplete_details.reason) if response.incomplete_details else ""
+    finish = {"max_output_tokens": "length"}.get(reason, reason)
+    if not finish and response.status == "completed":
+        called = isinstance(response.output, list) and b'"function_call"' in msgspec.json.encode(
+            response.output
+        )
+        finish = "tool_calls" if called else "stop"
+    size = _size(response.output) if usage is None else 0
+    return Seen(_text(response.model), usage, finish, text_bytes=size)
+
+
+def _counted(counts: Callable[[Json], Counts], usage: Json | None) -> Usage | None:
+    if not usage:
+        return None
+    try:
+        return usage_of({"usage": counts(usage).usage()})
+    except (TypeError, ValueError, AttributeError):
+        return None  # a vendor's odd usage must not cost us the record
+
+
+def _grown(raw: bytes, mark: bytes) -> tuple[int, int]:
+    """Pieces and bytes of what a stream has said, nearly: the events' own words are taken off."""
+    pieces = [data for data in iter_events(raw) if mark in data]
+    return len(pieces), sum(max(0, len(data) - _EVENT_BYTES) for data in pieces)
+
+
+_EVENT_BYTES = 90
+"""What an event of text has beside the text, about."""
+
+
+T = TypeVar("T")
+
+
+def _decoded(decode: Callable[[bytes], T], raw: bytes) -> T | None:
+    try:
+        return decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def estimate(request: bytes, seen: Seen) -> Usage:
     """Usage as far as it can be guessed from the texts."""
     completion = max(seen.pieces, -(-seen.text_bytes // BYTES_PER_TOKEN))
+    if seen.prompt is not None:
+        return msgspec.structs.replace(seen.prompt, completion_tokens=completion)
     return Usage(prompt_tokens=-(-_prompt_bytes(request) // BYTES_PER_TOKEN), completion_tokens=completion)
 
 
@@ -155,8 +306,8 @@ def _prompt_bytes(request: bytes) -> int:
         return 0
     messages = body.get("messages")
     if not isinstance(messages, list):
-        return sum(_size(body.get(name)) for name in ("prompt", "input"))
-    total = _size(body.get("tools"))
+        return sum(_size(body.get(name)) for name in ("prompt", "input", "instructions", "tools"))
+    total = _size(body.get("tools")) + _size(_message_text({"content": body.get("system")}))
     for message in messages:
         if isinstance(message, dict):
             total += _size(_message_text(message))

@@ -24,7 +24,7 @@ from understudy.gateway.limits import Purses
 from understudy.gateway.logs import log_call
 from understudy.gateway.plane import Plane
 from understudy.gateway.recorder import Listener, Recorder
-from understudy.gateway.routing import build_table, check_supported
+from understudy.gateway.routing import build_table
 from understudy.gateway.spans import SpanExporter, exporter_of
 from understudy.gateway.upstream import Upstream
 from understudy.traffic.redact import redactor_of
@@ -159,9 +159,8 @@ def _cannot_listen(address: Address, error: OSError) -> AddressError:
 def upstreams_of(config: Config, known: Mapping[str, Upstream] | None = None) -> dict[str, Upstream]:
     """Every endpoint of the config with its secret; one of the ``known`` where nothing about it has changed.
 
-    Raises InputError for a missing secret and for an endpoint that cannot be spoken to.
+    Raises InputError for a missing secret.
     """
-    check_supported(config)
     upstreams: dict[str, Upstream] = {}
     for name, endpoint in config.endpoints.items():
         secret = resolve_secret(endpoint.api_key, config.path("."))

@@ -23,8 +23,8 @@ from understudy.gateway.keys import KEY_HEADERS, KeyRing, secret_of, unauthorise
 from understudy.gateway.limits import Purse
 from understudy.gateway.plane import Plane
 from understudy.gateway.refusal import Refusal, broken_framing, reason
-from understudy.gateway.relay import Call, Exchange
-from understudy.gateway.request import Request
+from understudy.gateway.relay import Exchange
+from understudy.gateway.request import Call, Request
 from understudy.gateway.upstream import Headers
 
 BODY_BYTES = 64 << 20
@@ -49,6 +49,9 @@ _CALLS = {
         Call("chat.completions", b"/chat/completions"),
         Call("completions", b"/completions"),
         Call("embeddings", b"/embeddings"),
+        Call("responses", b"/responses"),
+        Call("messages", b"/messages"),
+        Call("messages", b"/messages/count_tokens", counts=True),
     )
     for path in (prefix + call.path,)
 }
@@ -92,6 +95,8 @@ class Inbound(asyncio.Protocol):
         self._keep_this = False
         """Whether the request being answered leaves the connection open."""
         self._linger_until = 0.0
+        self._path = b""
+        """Of the request being answered: errors have the form of its route."""
 
     # -- asyncio.Protocol
 
@@ -234,9 +239,11 @@ class Inbound(asyncio.Protocol):
     def _answer(self, item: Request | Refusal) -> None:
         self._busy = True
         self._keep_this = False
+        self._path = b""
         try:
             if isinstance(item, Refusal):
                 raise item
+            self._path = item.path
             self._keep_this = item.keep_alive
             self._admit(item)
         except Refusal as refusal:
@@ -349,7 +356,8 @@ class Inbound(asyncio.Protocol):
     def refuse(self, refusal: Refusal) -> None:
         if refusal.close:
             self._keep_this = False
-        self._send(refusal.status, refusal.body(), b"application/json", refusal.headers)
+        body = refusal.body(anthropic=b"/messages" in self._path)
+        self._send(refusal.status, body, b"application/json", refusal.headers)
 
     def cut(self, reset: bool) -> None:
         self._exchange = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import msgspec
 
@@ -20,6 +21,8 @@ from understudy.traffic.record import Feedback, new_key
 HEALTH = b"/health"
 
 _JSON = b"application/json"
+_ANTHROPIC = b"anthropic-version"
+"""Sent by applications that read lists of models in Anthropic's form."""
 
 
 class Reply(NamedTuple):
@@ -60,10 +63,12 @@ def answer(plane: Plane, request: Request) -> Reply:
         return Reply(200, plane.metrics_text(), b"text/plain; version=0.0.4; charset=utf-8")
     if path in (b"/v1/models", b"/models"):
         _only(request, b"GET")
-        return Reply(200, msgspec.json.encode({"object": "list", "data": _models(plane)}))
+        listed = _listed if request.header(_ANTHROPIC) else _list
+        return Reply(200, msgspec.json.encode(listed(_models(plane))))
     if path.startswith(b"/v1/models/"):
         _only(request, b"GET")
-        return _one_model(plane, path.removeprefix(b"/v1/models/").decode("latin-1"))
+        model = _one_model(plane, unquote(path.removeprefix(b"/v1/models/").decode("latin-1")))
+        return Reply(200, msgspec.json.encode(_described(model) if request.header(_ANTHROPIC) else model))
     raise _no_such_path(request)
 
 
@@ -84,8 +89,9 @@ def _no_such_path(request: Request) -> Refusal:
     return Refusal(
         404,
         "unknown_path",
-        f"{asked}: no such route; the base URL ends in /v1, and the routes are POST /v1/chat/completions, "
-        "/v1/completions, /v1/embeddings, /feedback and GET /v1/models, /health, /metrics",
+        f"{asked}: no such route; the base URL ends in /v1 (Anthropic's clients: before it), and the routes "
+        "are POST /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/responses, /v1/messages, "
+        "/v1/messages/count_tokens, /feedback and GET /v1/models, /health, /metrics",
     )
 
 
@@ -118,12 +124,30 @@ def _shares(route: AliasRoute) -> dict[str, object]:
     return {"weights": shares} if shares else {}
 
 
-def _one_model(plane: Plane, name: str) -> Reply:
+def _one_model(plane: Plane, name: str) -> dict[str, object]:
     for model in _models(plane):
         if model["id"] == name:
-            return Reply(200, msgspec.json.encode(model))
+            return model
     plane.table.targets(name)
-    return Reply(200, msgspec.json.encode({"id": name, "object": "model", "created": 0, "owned_by": name}))
+    return {"id": name, "object": "model", "created": 0, "owned_by": name}
+
+
+def _list(models: list[dict[str, object]]) -> dict[str, object]:
+    return {"object": "list", "data": models}
+
+
+def _listed(models: list[dict[str, object]]) -> dict[str, object]:
+    """The same in Anthropic's form, in one page."""
+    ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]} if models else {}
+    page = {"first_id": None, "last_id": None, **ends, "has_more": False}
+    return {"data": [_described(model) for model in models], **page}
+
+
+def _described(model: dict[str, object]) -> dict[str, object]:
+    """A model in Anthropic's form; when what is behind an alias came out is not said."""
+    more = {name: value for name, value in model.items() if name not in ("object", "created", "owned_by")}
+    named = {"type": "model", "display_name": model["id"], "created_at": "1970-01-01T00:00:00Z"}
+    return {**named, "lifecycle": "active", **more}
 
 
 def _feedback(plane: Plane, body: bytes) -> Reply:

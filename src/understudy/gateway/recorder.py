@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple, cast
 
+from understudy.forms.translation import Spoken
 from understudy.gateway import answers
 from understudy.traffic.record import Attempt, Call, Feedback, Route
 from understudy.traffic.redact import Redactor
@@ -41,6 +42,8 @@ class Finished(NamedTuple):
     """Id of the caller's key; empty where none is required."""
     traceparent: str = ""
     """W3C trace context of the caller."""
+    spoken: Spoken | None = None
+    """What a translated answer said of itself: its vendor may count what the application's form does not."""
 
 
 Listener = Callable[[Call, Finished], None]
@@ -95,7 +98,7 @@ class Recorder:
     def _call(self, done: Finished) -> Call:
         response = answers.decoded(done.response, done.coding) if done.coding else done.response
         texts = self._texts and done.alias not in self._without_texts
-        seen = answers.read_stream(response) if done.streamed else answers.read_json(response)
+        seen = _seen(done, response)
         usage, estimated = seen.usage, False
         if usage is None and _reached_a_model(done):
             usage, estimated = answers.estimate(done.request, seen), True
@@ -128,6 +131,13 @@ class Recorder:
             and done.coding.lower() not in (b"", b"identity")
             and decoded is done.response
         )
+
+
+def _seen(done: Finished, response: bytes) -> answers.Seen:
+    said = done.spoken
+    if said is None or done.status >= 400:
+        return answers.read(done.route, response, done.streamed)
+    return answers.Seen(said.model, said.usage, said.finish_reason, said.pieces, said.text_bytes)
 
 
 def _reached_a_model(done: Finished) -> bool:

@@ -1,8 +1,8 @@
 """What the gateway says no with: a status and an error in OpenAI's JSON shape.
 
-It ignores errors that upstreams answer: those are relayed as they came.
+An application that speaks Anthropic's messages is told in that form. It ignores errors that upstreams answer.
 
-Source: OpenAI API reference, error object (message, type, param, code).
+Source: OpenAI API reference, error object (message, type, param, code); Anthropic's, errors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from http import HTTPStatus
 
 import msgspec
+
+from understudy.forms.fault import VendorError, anthropic_error
 
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
@@ -44,8 +46,10 @@ class Refusal(Exception):  # noqa: N818 - an answer, not an accident
         self.close = close
         self.headers = headers
 
-    def body(self) -> bytes:
+    def body(self, *, anthropic: bool = False) -> bytes:
         """The JSON document the client gets."""
+        if anthropic:
+            return msgspec.json.encode(anthropic_error(VendorError(self.status, self.message)))
         kind = "invalid_request_error" if self.status < 500 else "gateway_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})

@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from understudy.forms.translation import Translation
 from understudy.gateway.plane import Plane
 from understudy.gateway.recorder import Finished
 from understudy.gateway.refusal import Refusal, reason
-from understudy.gateway.request import Request, forwarded, returned
+from understudy.gateway.request import Call, Request, forwarded, returned
 from understudy.gateway.routing import Target
 from understudy.gateway.splice import Head, read_head
-from understudy.gateway.upstream import Connection
+from understudy.gateway.translating import Translated, translation_of
+from understudy.gateway.upstream import Answering, Connection
 from understudy.traffic.record import Attempt, Billed, Route, new_key
 
 TRIES_PER_TARGET = 2
@@ -50,11 +52,14 @@ class Client(Protocol):
         ...
 
 
-class Call(NamedTuple):
-    """What one route of ours is called in records and at upstreams."""
-
-    route: Route
-    path: bytes
+_LAST: dict[Route, tuple[bytes, ...]] = {
+    "chat.completions": (b"data: [DONE]",),
+    "completions": (b"data: [DONE]",),
+    "embeddings": (),
+    "messages": (b'"message_stop"',),
+    "responses": (b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
+}
+"""What the last event of a stream says, by route."""
 
 
 class Exchange:
@@ -77,8 +82,12 @@ class Exchange:
         self._place = 0
         self._tries = 0
         self._attempts: list[Attempt] = []
+        self._translation: Translation | None = None
+        """For a target that speaks another form."""
+        self._unasked: list[Attempt] = []
+        """Targets passed over because the request cannot be said there."""
         self._attempt_begun = self._begun
-        self._connection: Connection | None = None
+        self._connection: Answering | None = None
         self._reused = False
         self._waiting: asyncio.Task[None] | asyncio.TimerHandle | None = None
         self._deadline = float("inf")
@@ -101,7 +110,11 @@ class Exchange:
         """Ask the first target."""
         self._plane.exchanges.add(self)
         self._place = self._willing(0)
-        self._try()
+        refusal = self._say(self._target)
+        if refusal is None or (self._target.on_trial and self._move_on()):
+            self._try()
+        else:
+            self._refuse(refusal)
 
     # -- attempts
 
@@ -116,6 +129,34 @@ class Exchange:
             if self._targets[later].upstream.breaker.admits(now):
                 return later
         return place
+
+    def _say(self, target: Target) -> Refusal | None:
+        """Put the request into the form of a target; a refusal where it cannot be said there."""
+        if self._call.route in target.as_is:
+            self._translation = None
+            return None
+        try:
+            self._translation = translation_of(self._call, self._request, target)
+        except Refusal as refusal:
+            error = f"not asked: {refusal.message}"
+            self._unasked.append(
+                Attempt(
+                    target=target.name, status=0, billed="no", started=self._at, ended=self._at, error=error
+                )
+            )
+            return refusal
+        return None
+
+    def _move_on(self) -> bool:
+        """Go to the next target that can be asked this; False where there is none."""
+        place, said = self._place, self._translation
+        while place + 1 < len(self._targets):
+            place = self._willing(place + 1)
+            if self._say(self._targets[place]) is None:
+                self._place, self._tries = place, 0
+                return True
+        self._translation = said
+        return False
 
     def _try(self, fresh: bool = False) -> None:
         self._waiting = None
@@ -138,10 +179,14 @@ class Exchange:
             self._send(connection, reused=False)
 
     def _send(self, connection: Connection, reused: bool) -> None:
-        self._connection = connection
         self._reused = reused
         self._deadline = self._now() + self._plane.settings.first_byte_timeout_s
-        connection.send(self, self._wire())
+        if self._translation is None:
+            self._connection = connection
+            connection.send(self, self._wire())
+        else:
+            self._connection = Translated(self._translation, self._target.upstream, connection, self)
+            self._connection.send(self._request)
 
     def _wire(self) -> list[bytes]:
         request, head, target = self._request, self._head, self._target
@@ -177,11 +222,7 @@ class Exchange:
         rests = not last and self._target.upstream.breaker.rests(self._now())
         if self._tries < TRIES_PER_TARGET and wait <= LONGEST_WAIT_S and not rests:
             return wait
-        if not last:
-            self._place = self._willing(self._place + 1)
-            self._tries = 0
-            return 0.0
-        return None
+        return 0.0 if self._move_on() else None
 
     def _again(self, wait: float) -> None:
         self._deadline = float("inf")
@@ -198,6 +239,7 @@ class Exchange:
                 started=self._at + self._attempt_begun - self._begun,
                 ended=self._at + now - self._begun,
                 error=error,
+                form="" if self._call.route in target.as_is else target.upstream.kind,
             )
         )
         outcome = str(status) if status else "failed"
@@ -205,7 +247,7 @@ class Exchange:
 
     # -- the upstream's side (Sink)
 
-    def received(self, connection: Connection, chunk: bytes, complete: bool) -> None:
+    def received(self, connection: Answering, chunk: bytes, complete: bool) -> None:
         """Bytes of the answer's body; the head is known by now."""
         out = b""
         if not self._started:
@@ -220,11 +262,11 @@ class Exchange:
             out += b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked else chunk
         if complete:
             self._connection = None
-            self._complete(out + b"0\r\n\r\n" if self._chunked else out)
+            self._complete(out + b"0\r\n\r\n" if self._chunked else out, connection.fault)
         elif out:
             self._client.write(out)
 
-    def _passes_on(self, connection: Connection) -> bool:
+    def _passes_on(self, connection: Answering) -> bool:
         """Whether this answer is an error after which somebody else is asked."""
         status = connection.status
         if status != 429 and status < 500:
@@ -242,7 +284,7 @@ class Exchange:
         self._again(wait)
         return True
 
-    def _start(self, connection: Connection, whole: bytes | None) -> bytes:
+    def _start(self, connection: Answering, whole: bytes | None) -> bytes:
         """The head of the answer for the client; ``whole`` is the body when it came all at once."""
         self._started = True
         self._status = connection.status
@@ -268,7 +310,7 @@ class Exchange:
             reason(self._status),
             returned(connection.headers),
             framing,
-            self._own_headers(),
+            self._own_headers() + connection.note,
             b"" if self._keep else b"connection: close\r\n",
         )
 
@@ -284,10 +326,11 @@ class Exchange:
             lines += b"x-understudy-fallback: %b\r\n" % _header_value(self._target.name)
         return lines
 
-    def _complete(self, last: bytes) -> None:
+    def _complete(self, last: bytes, fault: str) -> None:
         self._plane.metrics.bytes_relayed += self._tapped
-        cut = f"record cut at {TAP_BYTES} bytes of {self._tapped}" if self._tapped > TAP_BYTES else ""
-        self._note(self._target, self._status, "yes" if self._status < 400 else "no", cut)
+        if self._tapped > TAP_BYTES:
+            fault = f"record cut at {TAP_BYTES} bytes of {self._tapped}"
+        self._note(self._target, self._status, "yes" if self._status < 400 else "no", fault)
         recorder = self._plane.recorder
         # kept first: a process that is killed then loses no call whose answer anybody has
         if not recorder.strict:
@@ -307,7 +350,7 @@ class Exchange:
         self._client.write(last)
         self._client.finish(self._keep)
 
-    def broken(self, connection: Connection, reason: str) -> None:
+    def broken(self, connection: Answering, reason: str) -> None:
         """The upstream went away before its answer was complete."""
         self._connection = None
         if self._started:
@@ -343,7 +386,8 @@ class Exchange:
 
     def _said_done(self) -> bool:
         """Whether the last event relayed was the stream's last."""
-        return b"".join(self._tap[-2:]).rstrip().endswith(b"data: [DONE]")
+        last = b"".join(self._tap[-2:]).rstrip().rpartition(b"\n\n")[2]
+        return any(mark in last for mark in _LAST[self._call.route])
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""
@@ -405,7 +449,7 @@ class Exchange:
         """Answer for an upstream that did not; the record keeps the attempts."""
         own = ((b"x-understudy-call", self._key.encode()),)
         refusal.headers = (*own, (b"x-understudy-attempts", b"%d" % len(self._attempts)))
-        self._tap = [refusal.body()]
+        self._tap = [refusal.body(anthropic=self._call.route == "messages")]
         self._streamed = False
         self._end(refusal.status)
         if self._plane.recorder.strict:
@@ -421,6 +465,8 @@ class Exchange:
         now = self._now()
         plane.metrics.requests[self._call.route, status] += 1
         plane.metrics.seconds[self._call.route] += now - self._begun
+        if self._call.counts:
+            return True
         return plane.recorder.keep(
             Finished(
                 key=self._key,
@@ -433,13 +479,16 @@ class Exchange:
                 request=request.body,
                 response=b"".join(self._tap),
                 coding=self._coding,
-                attempts=self._attempts,
+                attempts=[*self._unasked, *self._attempts] if self._unasked else self._attempts,
                 ttft_s=self._first_byte - self._begun if self._first_byte else 0.0,
                 total_s=now - self._begun,
                 task_id=self._task.decode("latin-1"),
                 tags=request.tags(),
                 caller=self._caller,
                 traceparent=request.header(b"traceparent").decode("latin-1"),
+                spoken=None
+                if self._translation is None or self._translation.passing
+                else self._translation.spoken,
             )
         )
 

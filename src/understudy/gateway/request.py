@@ -1,4 +1,4 @@
-"""A client's request once it is complete, and which of its headers travel on.
+"""A client's request once it is complete: what it asks for, and which of its headers travel on.
 
 Everything travels but what belongs to one hop, the client's credentials (they are for us) and our own
 headers. It ignores the body.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from understudy.gateway.upstream import Headers
+from understudy.traffic.record import Route
 
 _OURS = frozenset({b"x-task-id", b"x-tags"})
 _ONE_HOP = frozenset(
@@ -32,6 +33,15 @@ _ONE_HOP = frozenset(
 _CREDENTIALS = frozenset({b"api-key", b"authorization", b"cookie", b"x-api-key", b"x-goog-api-key"})
 _STAYS = _ONE_HOP | _CREDENTIALS | _OURS | {b"accept-encoding"}
 _STAYS_HERE = _ONE_HOP | {b"set-cookie"}
+
+
+class Call(NamedTuple):
+    """What one route of ours is called in records and at upstreams."""
+
+    route: Route
+    path: bytes
+    counts: bool = False
+    """It counts tokens and asks no model for an answer: nothing is recorded, nothing is translated."""
 
 
 class Request(NamedTuple):

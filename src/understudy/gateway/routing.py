@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from understudy.config import Alias, Config
-from understudy.errors import InputError
+from understudy.forms.rules import NONE, Rules, rules_of
 from understudy.gateway.refusal import Refusal
 from understudy.gateway.upstream import Upstream
 
@@ -50,6 +50,11 @@ class Target(NamedTuple):
     model: str
     model_json: bytes
     """The model's id as the JSON string that is spliced into requests."""
+    as_is: frozenset[str]
+    """Routes whose calls are passed on byte for byte but for the model's name."""
+    rules: Rules = NONE
+    on_trial: bool = False
+    """A candidate that gets a share: where it cannot be asked a thing, the incumbent is."""
 
 
 class Memory:
@@ -155,10 +160,13 @@ class Table(NamedTuple):
         raise _unknown(model, self)
 
 
-def target_of(upstreams: Mapping[str, Upstream], name: str) -> Target:
-    """The target ``ENDPOINT/MODEL``. Raises KeyError for an unknown endpoint."""
+def target_of(upstreams: Mapping[str, Upstream], name: str, rules: Rules = NONE) -> Target:
+    """The target ``ENDPOINT/MODEL`` under an alias's rules. Raises KeyError for an unknown endpoint."""
     endpoint, _, model = name.partition("/")
-    return Target(name, upstreams[endpoint], model, msgspec.json.encode(model))
+    upstream = upstreams[endpoint]
+    rules = upstream.rules.and_then(rules)
+    as_is = upstream.routes if rules == NONE else upstream.routes - {"chat.completions"}
+    return Target(name, upstream, model, msgspec.json.encode(model), as_is, rules)
 
 
 def build_table(
@@ -175,13 +183,15 @@ def build_table(
     memories = {trial: known.get(trial) or Memory() for trial in trials.values()}
     faults: list[str] = []
     for name, alias in config.aliases.items():
-        route = _route(upstreams, [alias.model, *alias.fallback], 0)
-        aliases[name] = route._replace(choices=_choices(upstreams, alias))
+        rules = _rules(alias)
+        route = _route(upstreams, [alias.model, *alias.fallback], 0, rules)
+        aliases[name] = route._replace(choices=_choices(upstreams, alias, rules))
     for name, row in rows.items():
+        rules = _rules(config.aliases.get(name))
         try:
-            route = _route(upstreams, [row.model, *row.fallback], row.version)
+            route = _route(upstreams, [row.model, *row.fallback], row.version, rules)
             aliases[name] = route._replace(
-                choices=_canary(upstreams, row),
+                choices=_canary(upstreams, row, rules),
                 by_key=True,
                 memory=memories[trials[name]] if name in trials else None,
                 staying=staying.get(name, frozenset()),
@@ -193,25 +203,30 @@ def build_table(
     return Table(aliases, upstreams, tuple(faults), memories)
 
 
-def _route(upstreams: Mapping[str, Upstream], names: Sequence[str], version: int) -> AliasRoute:
-    return AliasRoute(tuple(target_of(upstreams, name) for name in names), version)
+def _rules(alias: Alias | None) -> Rules:
+    return NONE if alias is None else rules_of(alias.drop, alias.rename, alias.default)
 
 
-def _canary(upstreams: Mapping[str, Upstream], row: RouteRow) -> tuple[Choice, ...]:
+def _route(upstreams: Mapping[str, Upstream], names: Sequence[str], version: int, rules: Rules) -> AliasRoute:
+    return AliasRoute(tuple(target_of(upstreams, name, rules) for name in names), version)
+
+
+def _canary(upstreams: Mapping[str, Upstream], row: RouteRow, rules: Rules) -> tuple[Choice, ...]:
     """A share for the candidate, behind which the incumbent stands. Raises KeyError."""
     if row.stage != "canary":
         return ()
     names = dict.fromkeys([row.candidate, row.model, *row.fallback])
-    return (Choice(row.share, tuple(target_of(upstreams, name) for name in names)),)
+    candidate, *others = (target_of(upstreams, name, rules) for name in names)
+    return (Choice(row.share, (candidate._replace(on_trial=True), *others)),)
 
 
-def _choices(upstreams: Mapping[str, Upstream], alias: Alias) -> tuple[Choice, ...]:
+def _choices(upstreams: Mapping[str, Upstream], alias: Alias, rules: Rules) -> tuple[Choice, ...]:
     shares = {name: weight for name, weight in alias.weights.items() if weight > 0}
     total = sum(shares.values())
     choices: list[Choice] = []
     for name, upto in zip(shares, accumulate(shares.values()), strict=True):
         names = dict.fromkeys([name, alias.model, *alias.fallback])
-        choices.append(Choice(upto / total, tuple(target_of(upstreams, n) for n in names)))
+        choices.append(Choice(upto / total, tuple(target_of(upstreams, n, rules) for n in names)))
     return tuple(choices)
 
 
@@ -224,14 +239,3 @@ def _unknown(model: str, table: Table) -> Refusal:
         f"unknown model {model[:200]!r}; aliases: {known}; endpoints that may be asked directly: {endpoints}",
         param="model",
     )
-
-
-def check_supported(config: Config) -> None:
-    """Raises InputError for an endpoint the gateway would need to translate for."""
-    for name, endpoint in config.endpoints.items():
-        if endpoint.kind != "openai":
-            raise InputError(
-                f"[endpoints.{name}] kind = {endpoint.kind!r} is not supported by the gateway yet",
-                expected='kind = "openai"',
-                next_step=f"use the OpenAI-compatible URL of {name}, or take the endpoint out of the config",
-            )

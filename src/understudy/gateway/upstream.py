@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 import httptools
 
 from understudy.config import Endpoint
+from understudy.forms.openai import is_openai
+from understudy.forms.rules import rules_of
+from understudy.forms.translation import vendor_of
 from understudy.gateway.breaker import Breaker
 
 IDLE_S = 30.0
@@ -27,14 +30,41 @@ HEAD_BYTES = 64 << 10
 Headers = list[tuple[bytes, bytes]]
 
 
+class Answering(Protocol):
+    """A connection as an exchange sees it, whichever form its vendor speaks."""
+
+    @property
+    def got_bytes(self) -> bool: ...
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Headers: ...
+    @property
+    def length(self) -> int | None: ...
+    @property
+    def note(self) -> bytes:
+        """Header lines of ours that say what was done to the call."""
+        ...
+
+    @property
+    def fault(self) -> str:
+        """What the vendor said went wrong within an answer that is complete."""
+        ...
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+    def abort(self) -> None: ...
+    def discard(self) -> None: ...
+
+
 class Sink(Protocol):
     """Who a connection works for."""
 
-    def received(self, connection: Connection, chunk: bytes, complete: bool) -> None:
+    def received(self, connection: Answering, chunk: bytes, complete: bool) -> None:
         """Bytes of the answer's body (perhaps none, when the head came alone); ``complete`` with the last."""
         ...
 
-    def broken(self, connection: Connection, reason: str) -> None:
+    def broken(self, connection: Answering, reason: str) -> None:
         """The connection ended before the answer did."""
         ...
 
@@ -52,9 +82,14 @@ class Upstream:
         self.port = url.port or (443 if self.secure else 80)
         self.path = url.path.rstrip("/").encode()
         authority = url.netloc.rpartition("@")[2].encode()
-        credential = b"authorization: Bearer %b\r\n" % secret.encode() if secret else b""
-        self.head = b"host: %b\r\n%b" % (authority, credential)
+        self.vendor = vendor_of(endpoint.kind, endpoint.base_url)
+        self.kind = endpoint.kind
+        credential = "{}: {}\r\n".format(*self.vendor.credential(secret)) if secret else ""
+        self.head = b"host: %b\r\n%b" % (authority, credential.encode())
         """Header lines of every request: the authority and our credential."""
+        self.rules = rules_of(endpoint.drop, endpoint.rename, endpoint.default)
+        self.routes = routes_of(endpoint)
+        """Routes whose calls are passed on as they come; others need translation."""
         self.breaker = Breaker()
         self.opened = 0
         self._tls = ssl.create_default_context() if self.secure else None
@@ -105,8 +140,21 @@ class Upstream:
             self._idle.pop().abort()
 
 
+def routes_of(endpoint: Endpoint) -> frozenset[str]:
+    """The routes that an endpoint has itself."""
+    if endpoint.kind == "anthropic":
+        return frozenset({"messages"})
+    if endpoint.kind == "gemini":
+        return frozenset()
+    passes = endpoint.responses == "pass" or (endpoint.responses == "auto" and is_openai(endpoint.base_url))
+    return frozenset({"chat.completions", "completions", "embeddings", *(["responses"] if passes else [])})
+
+
 class Connection(asyncio.Protocol):
     """One connection to an upstream; the parser calls the ``on_`` methods while bytes are fed."""
+
+    note = b""
+    fault = ""
 
     def __init__(self, upstream: Upstream, loop: asyncio.AbstractEventLoop) -> None:
         self.upstream = upstream

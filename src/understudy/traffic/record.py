@@ -31,6 +31,8 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Unix seconds."""
     ended: float
     error: str = ""
+    form: str = ""
+    """The vendor's form that the request was translated into; empty where it was sent as it came."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="call"):
