@@ -1,7 +1,8 @@
-"""The client of any OpenAI-protocol endpoint, and the scripted model that tests and rehearsals talk to.
+"""The client of any endpoint, and the scripted model that tests and rehearsals talk to.
 
-A hosted model, an open model behind vLLM and a student of our own are all reached through `Endpoint`. It
-ignores routing, fallbacks and recording (gateway): it asks one model at one URL.
+A hosted model, an open model behind vLLM and a student of our own are all asked for chat completions through
+`Endpoint`; one that speaks another form is asked in that (forms). It ignores routing, fallbacks and recording
+(gateway): it asks one model at one URL.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import msgspec
 
-from understudy.errors import EndpointError
+from understudy.config import Endpoint as Settings
+from understudy.errors import EndpointError, InputError
+from understudy.forms.fault import Unmappable, Unreadable
+from understudy.forms.rules import NONE, Rules, rules_of
+from understudy.forms.translation import Translation, rule_path, vendor_of
 from understudy.protocol import Answer, Json, assemble_stream
 
 if TYPE_CHECKING:
@@ -56,16 +61,24 @@ class HttpEndpoint:
         timeout_s: float = 120.0,
         connections: int = 64,
         headers: Mapping[str, str] | None = None,
+        kind: str = "openai",
+        rules: Rules = NONE,
     ) -> None:
         self.name = name
         self.model = model
         self.base_url = base_url.rstrip("/")
         self.retries = retries
+        self._vendor = vendor_of(kind, base_url)
+        self._own = kind == "openai"
+        """It speaks chat completions itself."""
+        self._rules = rules
         self._timeout_s = timeout_s
         self._connections = connections
         self._headers = {"content-type": "application/json", **(headers or {})}
+        self._headers |= dict(self._vendor.headers)
         if api_key:
-            self._headers["authorization"] = f"Bearer {api_key}"
+            name_, value = self._vendor.credential(api_key)
+            self._headers[name_] = value
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -85,16 +98,38 @@ class HttpEndpoint:
             await self._session.close()
 
     async def chat(self, request: Mapping[str, Any]) -> Answer:
-        return await self._post("chat/completions", request)
+        if self._own and self._rules == NONE:
+            return await self._post(self._plain("/chat/completions", request))
+        return await self._post(self._translated(request))
 
     async def complete(self, request: Mapping[str, Any]) -> Answer:
-        return await self._post("completions", request)
+        if not self._own:
+            raise EndpointError(
+                f"{self.name}: its vendor has no completions route",
+                status=404,
+                expected="an endpoint of kind openai",
+            )
+        return await self._post(self._plain("/completions", request))
 
-    async def _post(self, route: str, request: Mapping[str, Any]) -> Answer:
-        payload = msgspec.json.encode({**request, "model": self.model})
-        stream = bool(request.get("stream"))
+    def _plain(self, path: str, request: Mapping[str, Any]) -> _Asked:
+        read = assemble_stream if request.get("stream") else self._decode
+        return _Asked(path, msgspec.json.encode({**request, "model": self.model}), read)
+
+    def _translated(self, request: Mapping[str, Any]) -> _Asked:
+        try:
+            said = Translation(
+                "chat.completions", self._vendor, dict(request), self.model, self._rules, passing=self._own
+            )
+        except Unmappable as fault:
+            raise self._unmappable(fault) from fault
+        if self._own:
+            return _Asked(said.path, said.body, assemble_stream if said.streamed else self._decode)
+        read = said.assembled if said.streamed else said.completion
+        return _Asked(said.path, said.body, read)
+
+    async def _post(self, asked: _Asked) -> Answer:
         for attempt in range(1, self.retries + 2):
-            outcome = await self._once(route, payload, stream, attempt)
+            outcome = await self._once(asked, attempt)
             if isinstance(outcome, Answer):
                 return outcome
             if attempt <= self.retries:
@@ -103,13 +138,15 @@ class HttpEndpoint:
                 raise outcome.error
         raise AssertionError("unreachable: the loop returns or raises")
 
-    async def _once(self, route: str, payload: bytes, stream: bool, attempt: int) -> Answer | _Again:
+    async def _once(self, asked: _Asked, attempt: int) -> Answer | _Again:
         import aiohttp
+        from yarl import URL
 
         assert self._session is not None, "use `async with HttpEndpoint(…)`"
         started = time.perf_counter()
         try:
-            async with self._session.post(f"{self.base_url}/{route}", data=payload) as response:
+            url = URL(f"{self.base_url}{asked.path}", encoded=True)
+            async with self._session.post(url, data=asked.body) as response:
                 first = await response.content.readany()
                 ttft = time.perf_counter() - started
                 raw = first + await response.read()
@@ -120,7 +157,12 @@ class HttpEndpoint:
             return _Again(self._refused(status, raw), float(wait) if wait.isdigit() else 0.0)
         if status >= 400:
             raise self._refused(status, raw)
-        body = assemble_stream(raw) if stream else self._decode(raw)
+        try:
+            body = asked.read(raw)
+        except Unreadable as fault:
+            raise EndpointError(
+                f"{self.name}: {fault}", expected="an answer as its vendor documents it"
+            ) from fault
         return Answer(status, body, ttft, time.perf_counter() - started, attempt)
 
     def _decode(self, raw: bytes) -> Json:
@@ -132,6 +174,22 @@ class HttpEndpoint:
                 expected="a JSON object",
                 next_step=f"curl {self.base_url}/models",
             ) from error
+
+    def _unmappable(self, fault: Unmappable) -> EndpointError | InputError:
+        """A question that cannot be put to this model; without a limit none can."""
+        table = f"[endpoints.{self.name.partition('/')[0]}]"
+        if fault.param == "max_tokens":
+            return InputError(
+                f"{self.name}: {fault.message}",
+                expected="requests with max_tokens, or a default",
+                next_step=f"write under {table} default = {{ max_tokens = 4096 }}",
+            )
+        return EndpointError(
+            f"{self.name}: {fault.message}",
+            status=400,
+            expected="parameters that its vendor knows",
+            next_step=f'write under {table} drop = ["{rule_path(fault.param)}"]',
+        )
 
     def _unreachable(self, error: Exception) -> EndpointError:
         reason = str(error) or type(error).__name__
@@ -150,12 +208,35 @@ class HttpEndpoint:
         )
 
 
+class _Asked(NamedTuple):
+    """A request, and how its answer is read as a chat completion."""
+
+    path: str
+    body: bytes
+    read: Callable[[bytes], Json]
+
+
 class _Again:
     """A failure worth another try."""
 
     def __init__(self, error: EndpointError, wait_s: float) -> None:
         self.error = error
         self.wait_s = wait_s
+
+
+def http_endpoint(
+    target: str, settings: Settings, model: str, *, api_key: str = "", connections: int = 64
+) -> HttpEndpoint:
+    """The client of an endpoint of a config, in its own form and under its rules; ``target`` names it."""
+    return HttpEndpoint(
+        target,
+        settings.base_url,
+        model,
+        api_key=api_key,
+        connections=connections,
+        kind=settings.kind,
+        rules=rules_of(settings.drop, settings.rename, settings.default),
+    )
 
 
 Script = Callable[[Json], str]

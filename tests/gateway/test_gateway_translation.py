@@ -16,6 +16,7 @@ import vendors
 from faulty_upstream import (
     SSE_HEAD,
     FaultyUpstream,
+    Got,
     Handler,
     ask,
     calls,
@@ -86,6 +87,12 @@ def openai_of(url: str) -> openai.OpenAI:
 
 def anthropic_of(url: str) -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="unused", max_retries=0)
+
+
+async def send(port: int, body: dict[str, Any], path: str, *headers: str) -> Got:
+    """One request over a connection of its own."""
+    async with raw_client(port) as client:
+        return await client.ask(post(body, path, headers))
 
 
 async def asked(url: str, question: Callable[[str], Any]) -> Any:
@@ -230,14 +237,15 @@ async def test_a_messages_client_streams_from_another_vendor(
 
     async def question(url: str) -> Any:
         base = url.removesuffix("/v1")
-        async with anthropic.AsyncAnthropic(base_url=base, api_key="unused", max_retries=0) as client:
-            async with client.messages.stream(
-                model="assistant",
-                max_tokens=100,
-                messages=[{"role": "user", "content": "Weather?"}],
-                **({"tools": [CLAUDE_TOOL]} if tools else {}),
-            ) as stream:
-                return await stream.get_final_message()
+        client = anthropic.AsyncAnthropic(base_url=base, api_key="unused", max_retries=0)
+        asking = client.messages.stream(
+            model="assistant",
+            max_tokens=100,
+            messages=[{"role": "user", "content": "Weather?"}],
+            **({"tools": [CLAUDE_TOOL]} if tools else {}),
+        )
+        async with client, asking as stream:
+            return await stream.get_final_message()
 
     async with running(config_of(tmp_path, (kind, upstream))) as gateway:
         message = await question(gateway.url)
@@ -259,10 +267,9 @@ async def test_a_messages_client_is_passed_on_to_anthropic_byte_for_byte(
     body = {"model": "assistant", "max_tokens": 9, "messages": [{"role": "user", "content": "Weather?"}]}
     headers = ("anthropic-version: 2023-06-01", "x-api-key: theirs", "anthropic-beta: new-2026")
     async with running(config_of(tmp_path, ("anthropic", upstream))) as gateway:
-        async with raw_client(gateway.port) as client:
-            whole = await client.ask(post(body, "/v1/messages", headers))
-            streamed = await client.ask(post({**body, "stream": True}, "/v1/messages?beta=true", headers))
-            counted = await client.ask(post(body, "/v1/messages/count_tokens", headers))
+        whole = await send(gateway.port, body, "/v1/messages", *headers)
+        streamed = await send(gateway.port, {**body, "stream": True}, "/v1/messages?beta=true", *headers)
+        counted = await send(gateway.port, body, "/v1/messages/count_tokens", *headers)
     assert whole.body == json.dumps(vendors.anthropic_message(vendors.anthropic_blocks({}))).encode()
     assert streamed.body == vendors.sse(vendors.anthropic_events(vendors.anthropic_blocks({})), named=True)
     assert counted.json == {"input_tokens": 2095}
@@ -378,8 +385,7 @@ async def test_what_a_response_cannot_be_made_of_is_named(
     tmp_path: Path, upstream: FaultyUpstream, more: dict[str, Any], param: str
 ) -> None:
     async with running(config_of(tmp_path, ("openai", upstream))) as gateway:
-        async with raw_client(gateway.port) as client:
-            got = await client.ask(post({"model": "assistant", "input": "x", **more}, "/v1/responses"))
+        got = await send(gateway.port, {"model": "assistant", "input": "x", **more}, "/v1/responses")
     assert (got.status, got.json["error"]["param"]) == (400, param)
     assert upstream.served == []
 
@@ -451,8 +457,7 @@ async def test_a_header_of_betas_is_a_parameter(tmp_path: Path, upstream: Faulty
     beta = ("anthropic-version: 2023-06-01", "anthropic-beta: context-1m-2025-08-07")
     for more in ("", 'drop = ["anthropic-beta"]'):
         async with running(config_of(tmp_path, ("openai", upstream), more=more)) as gateway:
-            async with raw_client(gateway.port) as client:
-                got = await client.ask(post(body, "/v1/messages", beta))
+            got = await send(gateway.port, body, "/v1/messages", *beta)
         assert got.status == (200 if more else 400)
         if more:
             assert got.headers["x-understudy-rules"] == "drop anthropic-beta"
@@ -699,8 +704,7 @@ async def test_a_route_that_a_vendor_has_not_is_a_404(
     tmp_path: Path, upstream: FaultyUpstream, path: str
 ) -> None:
     async with running(config_of(tmp_path, ("gemini", upstream))) as gateway:
-        async with raw_client(gateway.port) as client:
-            got = await client.ask(post({"model": "assistant", "input": "x"}, path))
+        got = await send(gateway.port, {"model": "assistant", "input": "x"}, path)
     assert got.status == 404
     assert path.removeprefix("/v1") in got.json["error"]["message"]
 

@@ -189,6 +189,7 @@ UNDONE = (
     *(f"ALTER TABLE keys DROP COLUMN {kind}" for kind in KINDS),
     "ALTER TABLE calls DROP COLUMN plain",
     "DROP TABLE staying",
+    "ALTER TABLE attempts DROP COLUMN form",
     *(
         f"ALTER TABLE {table} DROP COLUMN {column}"
         for table in ("routes", "route_history")

@@ -309,21 +309,20 @@ def _canaries(config: Config, path: Path, bindings: Sequence[Binding], now: floa
     before = load_replies(kept)
     known = {(r.target, r.prompt) for r in before}
     asked = dict.fromkeys(b.target for b in bindings if b.level in ("alias", "weight"))
-    targets = [target for target in asked if config.endpoint_of(target)[0].kind == "openai"]
-    after = asyncio.run(_ask(config, targets, prompts, now))
+    after = asyncio.run(_ask(config, list(asked), prompts, now))
     save_replies(kept, [*before, *(r for r in after if (r.target, r.prompt) not in known)])
     return drift_events(before, after, bindings)
 
 
 async def _ask(config: Config, targets: Sequence[str], prompts: Sequence[Any], now: float) -> list[Reply]:
     from understudy.catalog.canary import ask
-    from understudy.endpoint import HttpEndpoint
+    from understudy.endpoint import http_endpoint
 
     replies: list[Reply] = []
     for target in targets:
         endpoint, model = config.endpoint_of(target)
         key = configuration.resolve_secret(endpoint.api_key, Path(config.root))
-        async with HttpEndpoint(target, endpoint.base_url, model, api_key=key) as client:
+        async with http_endpoint(target, endpoint, model, api_key=key) as client:
             replies += await ask(client, prompts, now, times=2)
     return replies
 

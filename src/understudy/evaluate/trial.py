@@ -21,7 +21,7 @@ from understudy import __version__, config
 from understudy.catalog.facts import catalog_of
 from understudy.catalog.plan import Plan, make_plan
 from understudy.catalog.prices import pricer
-from understudy.endpoint import Endpoint, HttpEndpoint
+from understudy.endpoint import Endpoint, HttpEndpoint, http_endpoint
 from understudy.errors import InputError
 from understudy.evaluate import benchmarks
 from understudy.evaluate.benchmarks import Accuracy, BenchmarkHeader, PairedDifference, Scored
@@ -69,17 +69,11 @@ def held_out(settings: config.Config, alias: str) -> list[Exchange]:
 
 
 def connect(settings: config.Config, target: str) -> HttpEndpoint:
-    """A client of ENDPOINT/MODEL. Raises InputError for one that does not speak the OpenAI protocol."""
+    """A client of ENDPOINT/MODEL, whichever form it speaks. Raises InputError."""
     endpoint, model = settings.endpoint_of(target)
-    if endpoint.kind != "openai":
-        raise InputError(
-            f"{target}: its endpoint speaks the {endpoint.kind} protocol",
-            expected="an endpoint of kind openai",
-            next_step="name it through the gateway: an endpoint with base_url http://127.0.0.1:8080/v1",
-        )
     key = config.resolve_secret(endpoint.api_key, Path(settings.root))
     most = settings.evaluate.concurrency
-    return HttpEndpoint(target, endpoint.base_url, model, api_key=key, connections=max(most, 1))
+    return http_endpoint(target, endpoint, model, api_key=key, connections=max(most, 1))
 
 
 def paced(client: Endpoint, settings: config.Evaluate) -> Endpoint:

@@ -14,7 +14,7 @@ import msgspec
 from understudy.forms import anthropic, messages, responses
 from understudy.forms.chat import Left
 from understudy.forms.events import read_object
-from understudy.forms.fault import Told, Unmappable, Unreadable
+from understudy.forms.fault import Told, Unmappable
 from understudy.protocol import Json, assemble_chunks, assemble_stream, iter_events
 
 _ODD = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
@@ -101,6 +101,7 @@ def assembled(route: str, raw: bytes) -> Json:
     if route != "messages":
         return assemble_stream(raw)
     completion = _of_message(_chunks(raw))
-    if completion.get("error"):
-        raise Unreadable("the stream ended with an error")
-    return read_object(messages.answer(completion, {"thinking": {"type": "enabled"}}))
+    error = {"error": completion["error"]} if completion.get("error") else {}
+    if not completion["choices"]:
+        return error
+    return read_object(messages.answer(completion, {"thinking": {"type": "enabled"}})) | error

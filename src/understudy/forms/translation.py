@@ -18,7 +18,7 @@ from understudy.forms.chat import Left
 from understudy.forms.events import EventReader, read_object
 from understudy.forms.fault import Told, Unmappable, Unreadable, VendorError
 from understudy.forms.rules import NONE, Rules
-from understudy.protocol import Json, Usage, usage_of
+from understudy.protocol import Json, Usage, assemble_chunks, usage_of
 
 ROUTES = frozenset({"chat.completions", "messages", "responses"})
 """Routes of applications that can be answered by translation."""
@@ -189,13 +189,32 @@ class Translation:
 
     def answer(self, raw: bytes) -> bytes:
         """A whole answer in the application's form. Raises Unreadable."""
+        completion = self.completion(raw)
+        try:
+            return self._caller.answer(completion, self._asked)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Unreadable(f"an answer that is not formed as documented: {error}") from error
+
+    def completion(self, raw: bytes) -> Json:
+        """A whole answer as a chat completion. Raises Unreadable."""
         body = read_object(raw)
         try:
             completion = self._vendor.answer(body, int(time.time()))
             self.spoken.take(completion)
-            return self._caller.answer(completion, self._asked)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Unreadable(f"an answer that is not formed as documented: {error}") from error
+        return completion
+
+    def assembled(self, raw: bytes) -> Json:
+        """A streamed answer that is there as a whole, as a chat completion. Raises Unreadable."""
+        chunks: list[Json] = []
+        stream = Streamed(self._vendor.stream(int(time.time())), _Kept(chunks), self.spoken)
+        stream.feed(raw)
+        if not stream.ended:
+            stream.close()
+        if stream.failed is not None:
+            raise Unreadable(f"the vendor reported within its answer: {stream.failed.message}")
+        return assemble_chunks(chunks)
 
     def error(self, status: int, raw: bytes) -> VendorError:
         """What an error's body says."""
@@ -211,6 +230,23 @@ class Translation:
     def stream(self) -> Streamed:
         """For an answer that comes piece by piece."""
         return Streamed(self._vendor.stream(int(time.time())), self._caller.writer(self._asked), self.spoken)
+
+
+class _Kept:
+    """A writer that keeps the chunks."""
+
+    def __init__(self, chunks: list[Json]) -> None:
+        self._chunks = chunks
+
+    def chunk(self, chunk: Json) -> bytes:
+        self._chunks.append(chunk)
+        return b""
+
+    def end(self) -> bytes:
+        return b""
+
+    def error(self, told: VendorError) -> bytes:
+        return b""
 
 
 class Streamed:

@@ -24,6 +24,7 @@ from understudy.errors import EndpointError
 from understudy.evaluate.asking import asked
 from understudy.evaluate.evidence import finish_reason
 from understudy.evaluate.workers import side_by_side
+from understudy.forms.translation import ROUTES
 from understudy.rollout.evidence import graded, useless
 from understudy.rollout.standing import Pair
 from understudy.traffic.record import Attempt, Call, new_key
@@ -126,7 +127,7 @@ class Shadow:
                 return
             call = stored.call
             drawn = replay or self._drawn(call.key)
-            if call.route != "chat.completions" or call.key in made or not drawn:
+            if call.route not in ROUTES or call.key in made or not drawn:
                 continue
             if found := exchange(self._store, call.key):
                 most -= 1

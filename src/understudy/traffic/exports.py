@@ -1,7 +1,9 @@
 """Writes recorded calls to JSONL or Parquet, one row per call, streams assembled, feedback beside them.
 
-What is written as JSONL can be imported again (form `plain`). It ignores texts that were not recorded, are no
-JSON, or are nested too deeply to be written: such a request or answer is an empty object.
+What is written as JSONL can be imported again (form `plain`). Anthropic's messages and OpenAI's responses are
+written as the chat completions they amount to. It ignores texts that were not recorded, are no JSON, cannot
+be said in chat completions, or are nested too deeply to be written: such a request or answer is an empty
+object.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from typing import Any, BinaryIO, Literal
 import msgspec
 
 from understudy.errors import InputError, MissingExtraError
+from understudy.forms.recorded import answer_as_chat, request_as_chat
 from understudy.protocol import Json
 from understudy.traffic.record import Feedback
-from understudy.traffic.sample import answer_body
 from understudy.traffic.store import Store, StoredCall
 
 COLUMNS = (
@@ -81,7 +83,7 @@ def _rows(store: Store, page: list[StoredCall]) -> list[Json]:
 
 
 def row(stored: StoredCall, said: list[Feedback]) -> Json:
-    """One call as a flat object; ``request`` and ``response`` are JSON as the protocol has it."""
+    """One call as a flat object; ``request`` and ``response`` are a chat (or text) completion's."""
     call, cost = stored.call, stored.cost
     expected = [f.expected for f in said if f.expected]
     return {
@@ -92,8 +94,8 @@ def row(stored: StoredCall, said: list[Feedback]) -> Json:
         "answered_by": call.answered_by,
         "status": call.status,
         "stream": call.stream,
-        "request": _object(call.request),
-        "response": answer_body(call.response, call.stream) or {},
+        "request": request_as_chat(call.route, call.request) or {},
+        "response": answer_as_chat(call.route, call.response, call.stream) or {},
         "usage": msgspec.to_builtins(call.usage) if call.usage else None,
         "cost_usd": cost.usd if cost else None,
         "price_source": cost.source if cost else "",
@@ -105,13 +107,6 @@ def row(stored: StoredCall, said: list[Feedback]) -> Json:
         "expected": expected[-1] if expected else "",
         "grades": {f.metric: f.value for f in said if f.value is not None},
     }
-
-
-def _object(body: bytes) -> Json:
-    try:
-        return msgspec.json.decode(body, type=dict[str, Any]) if body else {}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
 
 
 def _writable(row: Json) -> Json:

@@ -336,6 +336,14 @@ M020_CREATE_BUNDLES = Migration(
     ),
 )
 
+M021_ADD_FORM = Migration(
+    "m021_add_form",
+    (
+        # the vendor's form that a request was translated into; empty where it was sent as it came
+        "ALTER TABLE attempts ADD COLUMN form TEXT NOT NULL DEFAULT ''",
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -358,6 +366,7 @@ HISTORY = (
     M018_ADD_DEADLINES,
     M019_ADD_CACHE_DETAILS,
     M020_CREATE_BUNDLES,
+    M021_ADD_FORM,
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
+from understudy.forms.recorded import request_as_chat
 from understudy.protocol import (
     CallShape,
     Cost,
@@ -37,7 +38,7 @@ CALL_COLUMNS = (
     f"finish_reason, task_id, tags, caller, cost_usd, price_date, price_source, {USAGE_COLUMNS}, "
     f"prompt_hash, modalities, features, max_tokens, frame, messages, response, plain"
 )
-ATTEMPT_COLUMNS = "call, number, target, status, billed, started, ended, error"
+ATTEMPT_COLUMNS = "call, number, target, status, billed, started, ended, error, form"
 FEEDBACK_COLUMNS = "key, call, at, metric, value, expected, comment"
 
 
@@ -74,12 +75,13 @@ class StoredCall(NamedTuple):
 
 
 def shape_of(call: Call) -> Shape:
-    """Read the shape of a recorded request. What is not in the protocol's form has only what is known."""
+    """Read the shape of a recorded request, whatever its route. What is not in its form, or cannot be said in
+    the protocol's, has only what is known."""
     bare = Shape(features=frozenset({"stream"}) if call.stream else frozenset())
-    if not call.request:
+    request = request_as_chat(call.route, call.request) if call.request else None
+    if request is None:
         return bare
     try:
-        request = msgspec.json.decode(call.request, type=dict[str, Any])
         return Shape(prompt_hash(request), modalities_of(request), features_of(request), _limit(request))
     except _UNREADABLE:
         return bare
@@ -140,7 +142,7 @@ def attempt_rows(call: Call) -> list[tuple[Any, ...]]:
     if _is_plain(call):
         return []
     return [
-        (call.key, n, _text(a.target), a.status, a.billed, a.started, a.ended, _text(a.error))
+        (call.key, n, _text(a.target), a.status, a.billed, a.started, a.ended, _text(a.error), _text(a.form))
         for n, a in enumerate(call.attempts)
     ]
 

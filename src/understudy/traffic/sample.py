@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import msgspec
 
-from understudy.protocol import CallShape, Json, Usage, answer_text, assemble_stream
+from understudy.forms.recorded import answer_as_chat, request_as_chat
+from understudy.protocol import CallShape, Json, Usage, answer_text
 from understudy.traffic.record import Feedback
 from understudy.traffic.store import Store, StoredCall
 
@@ -22,7 +23,7 @@ SAID = frozenset({"match", "exact", "normalised", "choice", "numeric", "contains
 
 
 class Exchange(NamedTuple):
-    """A recorded call as evaluation and training need it."""
+    """A recorded call as evaluation and training need it: a chat completion, whatever form it was made in."""
 
     key: str
     at: float
@@ -59,8 +60,9 @@ def exchanges(
 ) -> list[Exchange]:
     """Recorded chat calls of an alias (None: of all) with their texts, in order of time.
 
-    Calls recorded without texts, or whose request or answer is not JSON, are left out, for nothing can be
-    replayed or learnt from them; under ``only_ok`` also those whose answer broke off, whatever their status.
+    Left out, for nothing can be replayed or learnt from them, are calls recorded without texts, those whose
+    request or answer is not JSON, and those that cannot be said in chat completions; under ``only_ok`` also
+    those whose answer broke off, whatever their status.
     """
     found: list[Exchange] = []
     calls = store.calls(alias=alias, since=since, ok=True if only_ok else None, texts=True)
@@ -147,7 +149,8 @@ def _cut(stored: StoredCall) -> bool:
 
 def _exchange(stored: StoredCall, said: Sequence[Feedback]) -> Exchange | None:
     call = stored.call
-    request, body = _json(call.request), answer_body(call.response, call.stream)
+    request = request_as_chat(call.route, call.request)
+    body = answer_as_chat(call.route, call.response, call.stream)
     if request is None or body is None:
         return None
     expected = [f.expected for f in said if f.expected]
@@ -169,21 +172,6 @@ def _exchange(stored: StoredCall, said: Sequence[Feedback]) -> Exchange | None:
         total_s=call.total_s,
         ttft_s=call.ttft_s,
     )
-
-
-def answer_body(response: bytes, stream: bool) -> Json | None:
-    """The JSON of a recorded answer, a stream assembled; None for what is no JSON."""
-    # an error answers a streaming request with plain JSON
-    if stream and not response.lstrip().startswith(b"{"):
-        return assemble_stream(response)
-    return _json(response)
-
-
-def _json(raw: bytes) -> Json | None:
-    try:
-        return msgspec.json.decode(raw, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
 
 
 def _answered(body: Json) -> Json | None:

@@ -320,9 +320,15 @@ class Store:
     def _attempts(self, keys: Sequence[str]) -> dict[str, list[Attempt]]:
         found: dict[str, list[Attempt]] = {}
         sql = f"SELECT {ATTEMPT_COLUMNS} FROM attempts WHERE call IN ({marks(keys)}) ORDER BY call, number"  # noqa: S608
-        for call, _, target, status, billed, started, ended, error in self._database.query(sql, keys):
+        for call, _, target, status, billed, started, ended, error, form in self._database.query(sql, keys):
             attempt = Attempt(
-                target=target, status=status, billed=billed, started=started, ended=ended, error=error
+                target=target,
+                status=status,
+                billed=billed,
+                started=started,
+                ended=ended,
+                error=error,
+                form=form,
             )
             found.setdefault(call, []).append(attempt)
         return found
