@@ -14,7 +14,7 @@ import pytest
 
 from understudy.catalog.facts import load_catalog
 from understudy.catalog.prices import Sums, charge, cost, rates_at, sums_of
-from understudy.gateway.anthropic import usage_of as anthropic_usage
+from understudy.forms.anthropic import counts
 from understudy.protocol import Usage, usage_of
 
 snapshot = functools.cache(load_catalog)
@@ -82,7 +82,7 @@ MIXED_TTL: dict[str, Any] = {
 def test_writes_kept_for_an_hour_and_for_minutes_have_their_own_price(
     model: str, rates: tuple[float, ...]
 ) -> None:
-    usage = usage_of({"usage": anthropic_usage(MIXED_TTL)})
+    usage = usage_of({"usage": counts(MIXED_TTL).usage()})
     assert usage is not None
     assert (usage.cache_write_tokens, usage.cache_write_1h_tokens) == (248, 100)
     plain, read, minutes, hour, said = rates
@@ -95,7 +95,7 @@ def test_litellms_words_for_anthropics_cache_are_read() -> None:
         "cached_tokens": 1800, "cache_creation_tokens": 248,
         "cache_creation_token_details": {"ephemeral_1h_input_tokens": 100},
     }}})  # fmt: skip
-    assert usage == usage_of({"usage": anthropic_usage(MIXED_TTL)})
+    assert usage == usage_of({"usage": counts(MIXED_TTL).usage()})
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
 
 from understudy import config as configuration
-from understudy.config import Config, Rollout
+from understudy.config import Config, Endpoint, Rollout
 from understudy.endpoint import ScriptedModel
 from understudy.errors import InputError
 from understudy.gateway.routing import Memory, Table, build_table
@@ -63,7 +63,7 @@ class World:
         self.dealt: dict[str, int] = {OLD: 0, NEW: 0}
         self.copies = ScriptedModel("new", lambda request: "yes")
         self.controller = self.anew()
-        upstream = cast(Upstream, None)  # only names are dealt out here
+        upstream = Upstream("either", Endpoint(base_url="http://127.0.0.1:9/v1"), "")  # asked for nothing
         self.upstreams: Mapping[str, Upstream] = {"vendor": upstream, "local": upstream}
         self.table: Table | None = None
 

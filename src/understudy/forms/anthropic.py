@@ -280,6 +280,7 @@ def counts(usage: Json) -> Counts:
         cached=cached,
         written=written,
         reasoning=chat.number(cast(Json, usage.get("output_tokens_details") or {}), "thinking_tokens"),
+        written_1h=chat.number(cast(Json, usage.get("cache_creation") or {}), "ephemeral_1h_input_tokens"),
     )
 
 

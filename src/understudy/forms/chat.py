@@ -273,6 +273,9 @@ def thought_of(said: Json) -> str:
     return str(said.get("reasoning_content") or said.get("reasoning") or "")
 
 
+_1H = "ephemeral_1h_input_tokens"
+
+
 class Counts(NamedTuple):
     """Tokens of a call as OpenAI counts: what was cached is in the prompt, thoughts are in the completion."""
 
@@ -285,6 +288,10 @@ class Counts(NamedTuple):
     heard: int = 0
     """Tokens of audio in the prompt."""
     spoken: int = 0
+    written_1h: int = 0
+    """Of those written, the ones that are kept for an hour."""
+    cached_heard: int = 0
+    """Of those cached, the ones that are audio."""
 
     def usage(self) -> Json:
         """The usage object of a chat completion; details that are nothing are left out."""
@@ -292,6 +299,8 @@ class Counts(NamedTuple):
             "cached_tokens": self.cached,
             "cache_write_tokens": self.written,
             "audio_tokens": self.heard,
+            "cached_tokens_details": _counted({"audio_tokens": self.cached_heard}),
+            "cache_creation_token_details": _counted({_1H: self.written_1h}),
         }
         completion = {"reasoning_tokens": self.reasoning, "audio_tokens": self.spoken}
         told: Json = {
@@ -303,7 +312,7 @@ class Counts(NamedTuple):
         return told | ({"completion_tokens_details": spent} if (spent := _counted(completion)) else {})
 
 
-def _counted(counts: Mapping[str, int]) -> Json:
+def _counted(counts: Mapping[str, int | Json]) -> Json:
     return {name: count for name, count in counts.items() if count}
 
 
@@ -319,6 +328,8 @@ def counts_of(usage: Json) -> Counts:
         reasoning=number(completion, "reasoning_tokens"),
         heard=number(prompt, "audio_tokens"),
         spoken=number(completion, "audio_tokens"),
+        written_1h=number(cast(Json, prompt.get("cache_creation_token_details") or {}), _1H),
+        cached_heard=number(cast(Json, prompt.get("cached_tokens_details") or {}), "audio_tokens"),
     )
 
 

@@ -390,6 +390,7 @@ def counts(usage: Json) -> Counts:
         reasoning=thoughts,
         heard=_audio_tokens(usage, "promptTokensDetails"),
         spoken=_audio_tokens(usage, "candidatesTokensDetails"),
+        cached_heard=_audio_tokens(usage, "cacheTokensDetails"),
     )
 
 

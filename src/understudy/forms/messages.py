@@ -278,6 +278,10 @@ def usage_of(usage: object) -> Json:
         "cache_read_input_tokens": counts.cached,
         "output_tokens": counts.completion,
     }
+    if counts.written_1h:
+        minutes = counts.written - counts.written_1h
+        kept = {"ephemeral_5m_input_tokens": minutes, "ephemeral_1h_input_tokens": counts.written_1h}
+        told["cache_creation"] = kept
     return told | (
         {"output_tokens_details": {"thinking_tokens": counts.reasoning}} if counts.reasoning else {}
     )
