@@ -92,16 +92,3 @@ def _last_response(raw: bytes) -> Json:
         if isinstance(event.get("response"), dict):
             whole = event["response"]
     return whole if whole.get("output") or not items else {**whole, "output": items}
-
-
-def assembled(route: str, raw: bytes) -> Json:
-    """A recorded stream as the whole answer in its own form. Raises ValueError and what odd data raise."""
-    if route == "responses":
-        return _last_response(raw)
-    if route != "messages":
-        return assemble_stream(raw)
-    completion = _of_message(_chunks(raw))
-    error = {"error": completion["error"]} if completion.get("error") else {}
-    if not completion["choices"]:
-        return error
-    return read_object(messages.answer(completion, {"thinking": {"type": "enabled"}})) | error
