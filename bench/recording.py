@@ -19,8 +19,10 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ from typing import Any, NamedTuple, cast
 import httptools
 import uvloop
 
-from gateway import Bench, request
+from gateway import Bench, request, rss_mib
 from understudy.config import Config, parse
 from understudy.gateway.app import start
 from understudy.protocol import Usage
@@ -41,6 +43,7 @@ from understudy.traffic.record import Attempt, Call, new_key
 from understudy.traffic.segments import Fault, SegmentWriter, read_segment, segment_files
 from understudy.traffic.store import open_store
 
+HERE = Path(__file__).parent
 SYSTEM = "You are a careful assistant of a shop for garden tools. Answer in one paragraph. " * 8
 TURNS = 10
 ASKED, ANSWERED = 80, 120
@@ -219,6 +222,47 @@ def storage_table(folder: Path, count: int) -> list[str]:
 
 FORK = multiprocessing.get_context("fork")
 """A gateway to kill costs a fork, not a second of imports."""
+
+
+def index_and_tell(folder: Path, pipe: Connection) -> None:
+    """Index a folder; tell the seconds it took (CPU, wall) and how much memory it had on the way, in MiB."""
+    sizes: list[float] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            sizes.append(rss_mib(os.getpid()))
+
+    threading.Thread(target=watch).start()
+    with open_store("sqlite:///understudy.db", folder) as store:
+        cpu, wall = time.process_time(), time.perf_counter()
+        Indexer(folder / "segments", store).run_once()
+        pipe.send((time.process_time() - cpu, time.perf_counter() - wall, sizes))
+    over.set()
+
+
+def backlog_line(folder: Path, count: int) -> str:
+    """An indexer that starts with a backlog: how fast it catches up, and whether its memory grows."""
+    print(f"backlog of {count:,} …", file=sys.stderr, flush=True)
+    folder.mkdir()
+    writer = SegmentWriter(folder / "segments", strict=False, on_full="refuse")
+    for made in singles(Words(7), count):
+        writer.append(made.call)
+    writer.close()
+    ours, theirs = FORK.Pipe()
+    child = FORK.Process(target=index_and_tell, args=(folder, theirs))
+    child.start()
+    cpu, wall, sizes = ours.recv()
+    child.join()
+    tenth = sizes[len(sizes) // 10]
+    return (
+        f"A backlog of {count:,} single turns ({writer.counters.bytes / 2**20:,.0f} MiB) is indexed at "
+        f"{count / cpu:,.0f} calls per CPU-second ({count / wall:,.0f}/s on this machine; wanted: 5,000). "
+        f"The indexer has {tenth:.1f} MiB after a tenth of the time and {max(sizes):.1f} MiB at most; "
+        "how far it is behind is the gateway's gauge `understudy_index_lag_bytes`."
+    )
+
+
 CLIENTS = 8
 KILL_CONFIG = """
 [gateway]
@@ -353,6 +397,24 @@ def kill_table(folder: Path, kills: int, seed: int) -> list[str]:
     return rows
 
 
+def fuzz_line(streams: int) -> str:
+    """The test of the relay at full length: the same code, more streams."""
+    print(f"{streams:,} fuzzed streams …", file=sys.stderr, flush=True)
+    test = HERE.parent / "tests" / "gateway" / "test_gateway_streams.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(test)],
+        env={**os.environ, "UNDERSTUDY_FUZZED_STREAMS": str(streams)},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(done.stdout)
+    return (
+        f"{streams:,} fuzzed streams came through the gateway byte for byte and are recorded byte for byte."
+    )
+
+
 def loss_window(folder: Path, seconds: float = 5.0) -> str:
     """How old a record not yet on disk gets in buffered mode: what a machine that stops would lose."""
     writer = SegmentWriter(folder / "window", strict=False, on_full="refuse")
@@ -377,6 +439,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--calls", type=int, default=10_000, help="calls of each kind")
+    parser.add_argument("--streams", type=int, default=10_000, help="fuzzed streams through the gateway")
     parser.add_argument("--kills", type=int, default=1000, help="kills in each mode")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6)
@@ -384,6 +447,8 @@ def main() -> None:
         folder = Path(name)
         parts = [
             storage_table(folder, options.calls),
+            [backlog_line(folder / "backlog", options.calls * 5)],
+            [fuzz_line(options.streams)],
             [f"`kill -9` at a random moment under load, gateway and indexer, seed {seed}:"],
             kill_table(folder, options.kills, seed),
             [loss_window(folder)],

@@ -26,6 +26,7 @@ from understudy.protocol import (
 from understudy.traffic.record import Attempt, Call, Feedback, Route
 from understudy.traffic.shelf import Bodies, Place
 
+_HASH_BYTES = 16
 LARGEST = 2**53
 """Counts beyond this are cut: no model has read as many tokens, and a signed 64-bit column still holds it."""
 
@@ -58,7 +59,8 @@ class Shape(NamedTuple):
     """What a request asks for; the text is not here."""
 
     prompt_hash: str = ""
-    """SHA-256 (hex), see `protocol.prompt_hash`; empty when the request was not recorded."""
+    """The first half of a SHA-256 (hex), see `protocol.prompt_hash`, for 128 bits tell any two prompts apart;
+    all of it where an older version kept it, empty when the request was not recorded."""
     modalities: frozenset[Modality] = frozenset({"text"})
     features: frozenset[str] = frozenset()
     max_tokens: int = 0
@@ -109,7 +111,7 @@ def call_row(call: Call, cost: Cost | None, shape: Shape, place: Place) -> tuple
         _text(call.caller),
         *((cost.usd, cost.price_date, cost.source) if cost else (None, "", "")),
         *counts,
-        bytes.fromhex(shape.prompt_hash) or None,
+        bytes.fromhex(shape.prompt_hash)[:_HASH_BYTES] or None,
         ",".join(sorted(shape.modalities)),
         ",".join(sorted(shape.features)),
         _bounded(shape.max_tokens),

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -244,6 +245,7 @@ class Store:
     def _insert_calls(self, calls: Sequence[Call], price: Price) -> None:
         places = self._shelf.put([Bodies(c.request, c.response) for c in calls])
         table = [rows.call_row(c, price(c), rows.shape_of(c), p) for c, p in zip(calls, places, strict=True)]
+        table.sort(key=itemgetter(0))  # several gateways' calls: in the order of their keys, pages are filled
         self._many("calls", CALL_COLUMNS, table)
         hours.add(self._database, table)
         self._many("attempts", ATTEMPT_COLUMNS, [row for call in calls for row in rows.attempt_rows(call)])
