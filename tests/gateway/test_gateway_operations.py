@@ -397,6 +397,31 @@ async def test_how_far_the_indexer_is_behind_is_shown(
         await until(lambda: gateway.plane.metrics.index_lag_bytes == 0)
 
 
+async def test_answers_are_timed_in_histograms(tmp_path: Path, upstream: FaultyUpstream) -> None:
+    upstream.script = [
+        sends(SSE_HEAD, chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n", pause_s=0.06),
+        answers(400),
+        echo,
+    ]
+    async with running(config_for(tmp_path, {"local": upstream.url})) as gateway:
+        for stream in (True, False, False):
+            await ask(gateway.port, chat(stream=stream))
+        async with raw_client(gateway.port) as client:
+            page = (await client.ask(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")).body.decode()
+    ours = f'route="chat.completions",pid="{os.getpid()}"'
+    for name in ("request_seconds", "first_byte_seconds"):
+        assert f"# TYPE understudy_{name} histogram" in page
+        assert f'understudy_{name}_bucket{{{ours},le="+Inf"}} 3' in page
+        assert f"understudy_{name}_count{{{ours}}} 3" in page
+    # the stream took a pause before each of its last two pieces
+    quick = re.search(rf'understudy_request_seconds_bucket\{{{ours},le="0.1"\}} (\d)', page)
+    assert quick is not None
+    assert int(quick[1]) <= 2
+    total = re.search(r"understudy_request_seconds_sum\{.*\} (.*)", page)
+    assert total is not None
+    assert float(total[1]) > 0.1
+
+
 # TLS
 
 

@@ -377,6 +377,15 @@ def test_what_was_packed_by_an_older_version_is_read() -> None:
     assert digests == ["87792bd147a6b96c", "f06389643ed9799d"]
 
 
+def test_time_per_token_counts_from_the_first(make_call: MakeCall) -> None:
+    usage = Usage(prompt_tokens=9, completion_tokens=41)
+    streamed_call = make_call(stream=True, usage=usage, ttft_s=0.5, total_s=2.5)
+    assert streamed_call.tpot_s == pytest.approx(0.05)  # forty tokens in two seconds
+    whole = make_call(usage=usage, ttft_s=0.5, total_s=2.5)
+    one = make_call(stream=True, usage=Usage(completion_tokens=1), ttft_s=0.5, total_s=0.5)
+    assert [whole.tpot_s, one.tpot_s, make_call(stream=True, usage=None).tpot_s] == [None] * 3
+
+
 def test_an_attempt_that_went_as_the_call_did_needs_no_row(store: Store, make_call: MakeCall) -> None:
     def attempt(**fields: Any) -> Attempt:
         values = {"target": "openai/gpt-4.1", "status": 200, "billed": "yes", "started": 0.0, "ended": 1.0}

@@ -192,6 +192,7 @@ def _call_json(stored: StoredCall) -> Json:
     call: Any = msgspec.to_builtins(msgspec.structs.replace(stored.call, request=b"", response=b""))
     cost = stored.cost._asdict() if stored.cost else None
     shape = {"modalities": sorted(stored.shape.modalities), "features": sorted(stored.shape.features)}
+    call["tpot_s"] = stored.call.tpot_s
     return {**call, "cost": cost, "prompt_hash": stored.shape.prompt_hash, **shape}
 
 

@@ -8,12 +8,30 @@ Source: Prometheus text exposition format 0.0.4.
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 from understudy.traffic.segments import SegmentWriter
 
 _Labels = tuple[tuple[str, str], ...]
+
+
+BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+"""Upper bounds of the histograms' buckets, in seconds: from a cached answer to a long chain of thought."""
+
+
+class Histogram:
+    """How often something took how long."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS_S) + 1)
+        self.total_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.total_s += seconds
 
 
 class Metrics:
@@ -24,8 +42,10 @@ class Metrics:
         """(route, status the client got) -> count."""
         self.attempts: defaultdict[tuple[str, str], int] = defaultdict(int)
         """(endpoint, status or "failed") -> count."""
-        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, Histogram] = defaultdict(Histogram)
         """route -> seconds from complete request to end of answer."""
+        self.first_byte: defaultdict[str, Histogram] = defaultdict(Histogram)
+        """route -> seconds from complete request to the answer's first byte, where one came."""
         self.refused_by_limit: defaultdict[str, int] = defaultdict(int)
         """limit of a key -> calls refused because it was used up."""
         self.unpriced = 0
@@ -44,7 +64,10 @@ class Metrics:
         """All metrics in the exposition format."""
         page = _Page()
         page.add("requests_total", "counter", "Answers by route and status.", self._requests())
-        page.add("request_seconds_total", "counter", "Time spent answering.", self._seconds())
+        page.add("request_seconds", "histogram", "Time to the end of an answer.", ())
+        page.histograms("request_seconds", self.seconds)
+        page.add("first_byte_seconds", "histogram", "Time to the first byte of an answer.", ())
+        page.histograms("first_byte_seconds", self.first_byte)
         page.add("attempts_total", "counter", "Tries at upstreams.", self._attempts())
         limits = (((("limit", name),), count) for name, count in self.refused_by_limit.items())
         page.add("refused_by_limit_total", "counter", "Calls refused by a limit of their key.", limits)
@@ -73,10 +96,6 @@ class Metrics:
         for (route, status), count in self.requests.items():
             yield (("route", route), ("status", str(status))), count
 
-    def _seconds(self) -> Iterable[tuple[_Labels, float]]:
-        for route, seconds in self.seconds.items():
-            yield (("route", route),), round(seconds, 6)
-
     def _attempts(self) -> Iterable[tuple[_Labels, float]]:
         for (endpoint, outcome), count in self.attempts.items():
             yield (("endpoint", endpoint), ("outcome", outcome)), count
@@ -93,6 +112,15 @@ class _Page:
         for labels, value in samples:
             pairs = ",".join(f'{key}="{_escape(label)}"' for key, label in (*labels, ("pid", self._pid)))
             self._lines.append(f"understudy_{name}{{{pairs}}} {value}")
+
+    def histograms(self, name: str, timed: Mapping[str, Histogram]) -> None:
+        """The samples of a histogram by route."""
+        for route, histogram in timed.items():
+            ours = f'route="{_escape(route)}",pid="{self._pid}"'
+            for bound, count in zip((*BOUNDS_S, "+Inf"), accumulate(histogram.counts), strict=True):
+                self._lines.append(f'understudy_{name}_bucket{{{ours},le="{bound}"}} {count}')
+            self._lines.append(f"understudy_{name}_sum{{{ours}}} {round(histogram.total_s, 6)}")
+            self._lines.append(f"understudy_{name}_count{{{ours}}} {sum(histogram.counts)}")
 
     def one(self, name: str, kind: str, value: float) -> None:
         self.add(name, kind, name.replace("_total", "").replace("_", " ").capitalize() + ".", [((), value)])

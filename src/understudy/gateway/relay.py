@@ -464,7 +464,9 @@ class Exchange:
         plane.exchanges.discard(self)
         now = self._now()
         plane.metrics.requests[self._call.route, status] += 1
-        plane.metrics.seconds[self._call.route] += now - self._begun
+        plane.metrics.seconds[self._call.route].add(now - self._begun)
+        if self._first_byte:
+            plane.metrics.first_byte[self._call.route].add(self._first_byte - self._begun)
         if self._call.counts:
             return True
         return plane.recorder.keep(

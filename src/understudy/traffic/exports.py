@@ -34,6 +34,7 @@ COLUMNS = (
     "cost_usd",
     "price_source",
     "ttft_s",
+    "tpot_s",
     "total_s",
     "finish_reason",
     "task_id",
@@ -100,6 +101,7 @@ def row(stored: StoredCall, said: list[Feedback]) -> Json:
         "cost_usd": cost.usd if cost else None,
         "price_source": cost.source if cost else "",
         "ttft_s": call.ttft_s,
+        "tpot_s": call.tpot_s,
         "total_s": call.total_s,
         "finish_reason": call.finish_reason,
         "task_id": call.task_id,
@@ -133,7 +135,8 @@ def _write_parquet(store: Store, out: Path, filters: Json) -> int:
     except ImportError as error:
         raise MissingExtraError("pyarrow", "benchmarks") from error
     text, number = pa.string(), pa.float64()
-    kinds = {"at": number, "cost_usd": number, "ttft_s": number, "total_s": number}
+    kinds = {"at": number, "cost_usd": number, "ttft_s": number, "tpot_s": number}
+    kinds |= {"total_s": number}
     kinds |= {"status": pa.int64(), "stream": pa.bool_()}
     schema = pa.schema([(name, kinds.get(name, text)) for name in COLUMNS])
     count = 0

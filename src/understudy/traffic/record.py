@@ -70,6 +70,14 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="c
     caller: str = ""
     """Id of the Understudy key used."""
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds for each token after the first; None where the answer did not come token by token."""
+        tokens = self.usage.completion_tokens if self.usage else 0
+        if not self.stream or tokens < 2 or not self.ttft_s:
+            return None
+        return (self.total_s - self.ttft_s) / (tokens - 1)
+
 
 class Feedback(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="feedback"):
     """What somebody said of a recorded call."""
