@@ -534,6 +534,24 @@ def _proven_line(stage: Drill) -> str:
 
 def certify(stage: Drill) -> None:
     certificate.write(stage.out)
+    _enter_benchmarks(stage)
+
+
+def _enter_benchmarks(stage: Drill) -> None:
+    """The student's card repeats the certificate's table."""
+    from understudy.compress.card import Benchmark, enter_benchmarks
+
+    found, folder = _certificate(stage), stage.out / "own" / "checkpoint"
+    teacher = found.incumbent.benchmarks
+    student = next((c.model.benchmarks for c in found.candidates if c.lineage), {})
+    rows = [
+        Benchmark(suite, s.items, t.accuracy, t.stderr, s.accuracy, s.stderr)
+        for suite in student
+        if suite in teacher
+        for s, t in [(student[suite].accuracy, teacher[suite].accuracy)]
+    ]
+    if rows and folder.is_dir():
+        enter_benchmarks(folder, rows)
 
 
 def _certificate(stage: Drill) -> Certificate:

@@ -28,12 +28,12 @@ def job(folder: Path, chats, tmp_path: Path) -> OwnJob:
 def test_own_makes_a_student(job):
     steps: list[str] = []
     report = own(job, lambda step, *_: steps.append(step))
-    assert list(dict.fromkeys(steps)) == ["load", "prune", "fidelity", "heal"]
+    assert list(dict.fromkeys(steps)) == ["load", "shape", "prune", "fidelity", "heal"]
     assert report.after.kl < report.before.kl
     assert 0 < report.gap_closed < 1
     assert report.parameters_after < report.parameters_before
     assert len(report.plan.layers) == 2
-    assert set(report.seconds) == {"load", "prune", "fidelity", "heal"}
+    assert set(report.seconds) == {"load", "shape", "prune", "fidelity", "heal"}
     assert report.seconds["heal"] > 0
     model = AutoModelForCausalLM.from_pretrained(report.checkpoint)
     assert model.num_parameters() == report.parameters_after

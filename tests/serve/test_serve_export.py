@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from serve_tokenizers import CORPUS, SHAPE, byte_level_tokenizer, spaces_tokenizer
 from tokenizers import Regex, pre_tokenizers
@@ -24,6 +25,7 @@ from understudy.serve.engine import ScoreJob
 from understudy.serve.export import export_gguf
 from understudy.serve.gguf_file import read_header
 from understudy.serve.gguf_layout import rope_factors, shape_of
+from understudy.serve.k_quants import quantize_k
 from understudy.serve.llama_scorer import LlamaScorer, open_scorer
 from understudy.serve.llamacpp import LlamaCppEngine
 
@@ -119,6 +121,40 @@ def test_quantised_types_have_their_size_and_stay_close(
     assert sizes["f32"] > sizes["f16"] > sizes["q8_0"] > sizes["q4_0"]
     assert errors["f16"] < 0.02
     assert errors["f16"] < errors["q8_0"] < errors["q4_0"] < 2.0
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("q4_k", 4.5), ("q5_k", 5.5), ("q6_k", 6.5625)])
+def test_k_types_are_read_back_close_by_the_other_library(kind: str, bits: float) -> None:
+    weight = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32)
+    stored = quantize_k(weight, GGMLQuantizationType[kind.upper()])
+    assert stored.nbytes * 8 == weight.size * bits
+    error = np.abs(dequantize(stored, GGMLQuantizationType[kind.upper()]) - weight)
+    assert error.mean() < 0.45 / 2 ** (bits - 2.5)
+
+
+def test_k_types_where_rows_allow_and_what_stands_in(make_checkpoint: Maker, tmp_path: Path) -> None:
+    """Width 256 holds whole blocks; 192 FFN channels don't, so `down_proj` is Q5_0 as in llama.cpp."""
+    checkpoint = make_checkpoint(
+        "Llama", hidden_size=256, intermediate_size=192, num_attention_heads=4, tie_word_embeddings=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(CORPUS[0])["input_ids"]
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    errors: dict[str, float] = {}
+    for kind in ("q6_k", "q4_k"):
+        report = export_gguf(checkpoint, tmp_path / f"{kind}.gguf", kind)
+        types = {t.name: t.tensor_type.name for t in GGUFReader(report.path).tensors}
+        assert types["blk.0.attn_q.weight"] == kind.upper()
+        assert types["blk.0.ffn_down.weight"] == {"q6_k": "Q8_0", "q4_k": "Q5_0"}[kind]
+        scorer = open_scorer(report.path, 128, 1)
+        [scored] = scorer.score([ScoreJob(tuple(tokens), 0)])
+        scorer.close()
+        pairs = zip(scored.tokens[1:], tokens[1:], strict=True)
+        errors[kind] = float(
+            np.mean([abs(s.logprob - float(logprobs[i, t])) for i, (s, t) in enumerate(pairs)])
+        )
+    assert errors["q6_k"] < errors["q4_k"] < 2.0
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral"])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from understudy.compress.calibrate import Gram, enter, feed_forward_of, observe
+from understudy.compress.calibrate import Gram, Stream, enter, feed_forward_of, observe
 from understudy.compress.corpus import Batch
 from understudy.compress.decoder import Layer, body, layers_of
 from understudy.compress.depth import advance, first_batches
@@ -42,18 +42,25 @@ def curves(model: PreTrainedModel, batches: Sequence[Batch], progress: Progress 
     layers, stream, probe = layers_of(model), enter(model, batches), _Probe(model, batches)
     found: list[Curve] = []
     for index, layer in enumerate(layers):
-        stream.arrive(index)
-        stream.advance(layer.attention, index)
-        gram = observe(layer.down, stream, feed_forward_of(layer), index)
-        order = _order(layer, gram)
-        errors = [1.0, *(damage(layer.down.weight, gram, kept) for kept in order[1:-1]), 0.0]
-        half = probe.loss(index, gram, order[STEPS // 2])
-        found.append([half * error / max(errors[STEPS // 2], 1e-12) for error in errors])
-        stream.advance_from(
-            gram.inputs, layer.write_feed_forward
-        ) if gram.inputs and not layer.gated else stream.advance(feed_forward_of(layer), index)
+        with layer.awake():
+            found.append(_curve(layer, index, stream, probe))
         progress("shape", index + 1, len(layers))
     return found
+
+
+def _curve(layer: Layer, index: int, stream: Stream, probe: _Probe) -> Curve:
+    """One layer's curve; the stream is passed through it."""
+    stream.arrive(index)
+    stream.advance(layer.attention, index)
+    gram = observe(layer.down, stream, feed_forward_of(layer), index)
+    order = _order(layer, gram)
+    errors = [1.0, *(damage(layer.down.weight, gram, kept) for kept in order[1:-1]), 0.0]
+    half = probe.loss(index, gram, order[STEPS // 2])
+    if gram.inputs and not layer.gated:
+        stream.advance_from(gram.inputs, layer.write_feed_forward)
+    else:
+        stream.advance(feed_forward_of(layer), index)
+    return [half * error / max(errors[STEPS // 2], 1e-12) for error in errors]
 
 
 def _order(layer: Layer, gram: Gram) -> list[list[int]]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from understudy.compress import processors
 from understudy.compress.decoder import family_of
 from understudy.compress.families import HOSTS, Host
+from understudy.compress.streaming import is_streamed, open_streamed, save_streamed
 from understudy.config import resolve_path
 from understudy.errors import MissingExtraError, ModelError
 
@@ -37,8 +38,8 @@ class Loaded(NamedTuple):
     """As the user named it."""
     digest: str
     """SHA-256 (hex) of the weight files, or the hub's commit."""
-    folder: Path | None
-    """Where its licence may lie; None for a hub id."""
+    folder: Path
+    """Where its licence may lie."""
     processor: Any = None
     """What makes tensors of pictures or sound; None for a text model."""
 
@@ -48,24 +49,37 @@ class Loaded(NamedTuple):
         return self.processor or self.tokenizer
 
 
-def load(source: str | Path, root: Path = Path()) -> Loaded:
+def load(source: str | Path, root: Path = Path(), *, stream: bool = False) -> Loaded:
     """A decoder from a hub id, a checkpoint folder, a GGUF file or ``package:NAME/FILE``.
 
-    Raises ModelError for what is absent, truncated, not finite, or of an unknown family; MissingExtraError
-    without the extra `compress`.
+    With ``stream`` the layers of a dense decoder stay in its safetensors files (streaming). Raises ModelError
+    for what is absent, truncated, not finite, or of an unknown family; MissingExtraError without the extra
+    `compress`.
     """
     _require_extra()
     name = str(source)
     path = resolve_path(name, root)
     if path.exists():
-        return _checked(_load_local(path), name, digest_of(path), path if path.is_dir() else path.parent)
+        folder = path if path.is_dir() else path.parent
+        return _checked(_load_local(path, stream=stream), name, digest_of(path), folder)
     if _looks_like_path(name):
         raise ModelError(
             f"no model at {path}",
             expected="a hub id (owner/name), a checkpoint folder, a .gguf file or package:NAME/FILE",
         )
-    found = _from_transformers(name)
-    return _checked(found, name, f"hub:{getattr(found.model.config, '_commit_hash', '')}", None)
+    folder = _fetched(name)
+    return _checked(_load_local(folder, stream=stream), name, f"hub:{folder.name}", folder)
+
+
+_NOT_NEEDED = ("*.gguf", "*.onnx*", "*.pth", "*.msgpack", "*.h5", "original/*", "onnx/*")
+
+
+def _fetched(name: str) -> Path:
+    """The folder of a hub id in the cache, named by its commit."""
+    from huggingface_hub import snapshot_download
+
+    with _quiet(), _as_model_error(name):
+        return Path(snapshot_download(name, ignore_patterns=list(_NOT_NEEDED)))
 
 
 def _require_extra() -> None:
@@ -88,12 +102,20 @@ class _Found(NamedTuple):
     processor: Any = None
 
 
-def _load_local(path: Path) -> _Found:
+def _load_local(path: Path, *, stream: bool) -> _Found:
     if path.is_dir():
-        return _from_transformers(str(path))
+        return (_streamed(path) if stream else None) or _from_transformers(str(path))
     if path.read_bytes()[:4] != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file", expected="a file that begins with the bytes GGUF")
     return _from_transformers(str(path.parent), gguf_file=path.name)
+
+
+def _streamed(folder: Path) -> _Found | None:
+    from transformers import AutoTokenizer
+
+    with _quiet(), _as_model_error(str(folder)):
+        model = None if _host(str(folder)) else open_streamed(folder)
+        return model and _Found(model, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False))
 
 
 def _from_transformers(name: str, **where: str) -> _Found:
@@ -184,12 +206,12 @@ def _quiet() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-def _checked(found: _Found, name: str, digest: str, folder: Path | None) -> Loaded:
+def _checked(found: _Found, name: str, digest: str, folder: Path) -> Loaded:
     model, tokenizer, processor = found
     family_of(model)
     _forget_quantisation(model)
     for parameter_name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not parameter.is_meta and not bool(parameter.isfinite().all()):
             raise ModelError(
                 f"{name}: {parameter_name} holds values that are not finite", expected="finite weights"
             )
@@ -239,7 +261,7 @@ def save(
     Raises ModelError when it cannot be written, a full disk included.
     """
     with whole_folder(out) as folder, _quiet():
-        model.save_pretrained(str(folder))
+        save_streamed(model, folder) if is_streamed(model) else model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         if processor is not None:
             processors.save(processor, folder, licence_from)
@@ -250,10 +272,13 @@ def save(
     return out
 
 
+_LEGAL = ("LICEN", "NOTICE", "USE_POLICY")
+
+
 def _licences(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
-    return [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.upper().startswith("LICEN")]
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and p.name.upper().startswith(_LEGAL)]
 
 
 @contextmanager

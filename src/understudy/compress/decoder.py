@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
 from understudy.compress.families import DECODERS, FAMILIES, HOSTS, Family, Mixture
+from understudy.compress.shelf import shelf_of
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
@@ -118,6 +120,16 @@ class Layer:
     def __init__(self, module: nn.Module, family: Family) -> None:
         self.module = module
         self.family = family
+
+    @contextmanager
+    def awake(self) -> Generator[None]:
+        """The weights in memory while the block runs, where they are not there anyway (shelf)."""
+        shelf = shelf_of(self.module)
+        if shelf is None:
+            yield
+            return
+        with shelf.awake(self.module):
+            yield
 
     def linear(self, path: str) -> nn.Linear:
         return cast("nn.Linear", self.module.get_submodule(path))
@@ -455,6 +467,8 @@ def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) ->
         family.host.write_width(model, shape.hidden)
     if getattr(config, "layer_types", None) and len(config.layer_types) != len(kept_layers):
         config.layer_types = [config.layer_types[i] for i in kept_layers]
+        if hasattr(config, "max_window_layers"):  # Qwen's: layers below it attend to everything
+            config.max_window_layers = sum(index < config.max_window_layers for index in kept_layers)
 
 
 def write_ffn_sizes(model: PreTrainedModel, sizes: list[int]) -> None:

@@ -72,8 +72,8 @@ class _Search:
 
     def drop_one(self) -> None:
         states = self._states()
-        influence = [self._influence(a, b) for a, b in itertools.pairwise(states)]
-        order = sorted(range(len(self.kept)), key=lambda place: influence[place])[:SHORTLIST]
+        moved = [influence(a, b) for a, b in itertools.pairwise(states)]
+        order = sorted(range(len(self.kept)), key=lambda place: moved[place])[:SHORTLIST]
         del self.kept[min(order, key=lambda place: self._loss(place, states[place]))]
 
     def _states(self) -> list[Stream]:
@@ -88,12 +88,6 @@ class _Search:
             advance(stream, self.layers[index], index)
         return stream
 
-    def _influence(self, before: Stream, after: Stream) -> float:
-        """1 − the mean cosine between what enters a layer and what leaves it."""
-        pairs = zip(before.hidden, after.hidden, before.real, strict=True)
-        cosines = [torch.cosine_similarity(a[real], b[real], dim=-1) for a, b, real in pairs]
-        return 1 - float(torch.cat(cosines).mean())
-
     def _loss(self, place: int, state: Stream) -> float:
         end = self._through(state.copy(), self.kept[place + 1 :])
         return divergence(self.teacher, side_of(self.model, self._ends(end)))
@@ -105,6 +99,14 @@ class _Search:
 
 def advance(stream: Stream, layer: Layer, index: int) -> None:
     """Pass the stream through a whole layer."""
-    stream.arrive(index)
-    stream.advance(layer.attention, index)
-    stream.advance(layer.feed_forward, index)
+    with layer.awake():
+        stream.arrive(index)
+        stream.advance(layer.attention, index)
+        stream.advance(layer.feed_forward, index)
+
+
+def influence(before: Stream, after: Stream) -> float:
+    """1 − the mean cosine between what enters a layer and what leaves it."""
+    pairs = zip(before.hidden, after.hidden, before.real, strict=True)
+    cosines = [torch.cosine_similarity(a[real], b[real], dim=-1) for a, b, real in pairs]
+    return 1 - float(torch.cat(cosines).mean())

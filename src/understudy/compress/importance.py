@@ -20,6 +20,10 @@ ENUMERATE_UP_TO = 256
 """Subsets of heads tried exhaustively; beyond, heads leave one at a time."""
 
 
+BLOCK = 1024
+"""Rows turned to float64 at once: a wide layer's statistics are a good part of memory as it is."""
+
+
 class Gated(NamedTuple):
     """The weights of a gated feed-forward block: gate and up (n, width), down (width, n)."""
 
@@ -74,13 +78,16 @@ def refit(weight: Tensor, gram: Gram, keep: list[int], *, ridge: float = 1e-2, p
     """
     at = torch.tensor(keep)
     original = weight.double()
-    rows = gram.second[at].double()
-    inner = rows[:, at]
+    rows = gram.second[at]
+    wanted = torch.cat([part.double() @ original.T for part in rows.split(BLOCK)])
+    inner = rows[:, at].double()
+    del rows
     strength = _strength(inner, ridge)
-    wanted = rows @ original.T + strength * original[:, at].T
+    wanted += strength * original[:, at].T
     if pull:
         wanted += pull * gram.lag[at].double()
-    return _solve(inner, wanted, strength).T.to(weight.dtype)
+    inner.diagonal().add_(strength)
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(inner)).T.to(weight.dtype)
 
 
 def reread(weight: Tensor, gram: Gram, *, ridge: float = 1e-2, pull: float = 0.5) -> Tensor:

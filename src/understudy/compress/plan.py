@@ -7,6 +7,7 @@ each layer, and a plan that has them can be applied again. It ignores how indice
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,18 @@ class LayerPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Routed experts, where a mixture stays one; its channels are then all of theirs."""
 
 
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """A shape that was tried to choose the plan's."""
+
+    axis: str
+    """The only axis on which it differs from the teacher, or ``plan``: a whole candidate."""
+    shape: Shape
+    kl: float
+    """To the teacher on a few tokens, cut roughly: it compares shapes, and pruning reaches less."""
+    sliced: bool = False
+    """Cut without a refit."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """A pruning, before or after it was carried out."""
 
@@ -48,6 +61,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Kept dimensions of the hidden stream; empty until chosen."""
     ffns: list[int] = []
     """FFN channels of each layer that stays where they differ; `student.ffn` is then the most of them."""
+    measured: list[Measured] = []
+    """What the choice rests on, where shapes were measured; the chosen one first."""
 
     def ffn(self, place: int) -> int:
         """FFN channels of the student's layer at ``place``."""
@@ -133,7 +148,8 @@ def decide(
     experts: int = 0,
 ) -> Plan:
     """The shape for what was asked: sizes named outright are taken (0: the teacher's), and unless ``ffn`` is
-    among them ``params`` decides how many FFN channels, and if need be query heads, remain.
+    among them ``params`` decides by rule how many FFN channels, and if need be query heads, remain; `search`
+    measures instead.
 
     A mixture becomes dense, its FFN chosen from all experts' channels, unless ``experts`` says how many of
     them remain. Raises InputError when a size is impossible or the budget cannot be reached.
@@ -154,9 +170,20 @@ def decide(
         wanted = wanted_parameters(params, before)
         free = not (heads or kv_heads or extras.attention)
         shape, reason = _shrink(teacher, shape, extras, wanted, free_heads=free)
-    after = parameters(shape, extras)
+    return plan_of(teacher, shape, extras, reason)
+
+
+def plan_of(
+    teacher: Shape, student: Shape, extras: Extras, reason: str, measured: Sequence[Measured] = ()
+) -> Plan:
+    """A plan without indices."""
     return Plan(
-        teacher=teacher, student=shape, parameters_before=before, parameters_after=after, reason=reason
+        teacher=teacher,
+        student=student,
+        parameters_before=parameters(teacher, extras),
+        parameters_after=parameters(student, extras),
+        reason=reason,
+        measured=list(measured),
     )
 
 

@@ -51,11 +51,13 @@ from understudy.compress.importance import (
     reread,
     top,
 )
+from understudy.compress.journal import Journal, Note
 from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.progress import Progress, silent
+from understudy.compress.streaming import is_streamed
 from understudy.compress.taylor import channel_sensitivity
-from understudy.compress.width import Refit, choose_width, narrow
+from understudy.compress.width import Refit, Resume, choose_width, narrow
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:
@@ -84,50 +86,128 @@ def prune(
     batches: Sequence[Batch],
     method: Method = Method(),  # noqa: B008 -- an immutable tuple
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Plan:
     """Prune ``model`` in place and return the plan with the indices kept.
 
     Indices already in the plan are applied; otherwise layers are chosen on the untouched model, channels and
-    heads on the pruned prefix, and the width last. Raises ModelError for a plan made for another shape and
-    for calibration without a token.
+    heads on the pruned prefix, and the width last. With a ``journal``, which a streamed model needs to be
+    written to, it goes on where an earlier call with the same arguments was interrupted. Raises ModelError
+    for a plan made for another shape and for calibration without a token.
     """
     _check(model, plan, batches)
+    if journal is None and is_streamed(model):
+        raise ValueError("a streamed model is changed in a journal's files")
     with matmul_precision(method.precision):
-        kept = [p.layer for p in plan.layers] or choose_layers(model, batches, plan.student.layers, progress)
-        done = _sweep(model, plan, kept, batches, method, progress)
-        keep_layers(model, kept)
-        width = plan.width or list(range(plan.teacher.hidden))
-        between = msgspec.structs.replace(plan.student, hidden=plan.teacher.hidden)
-        write_shape(model, between, kept)
-        if plan.student.hidden < plan.teacher.hidden:
-            width = plan.width or choose_width(model, batches, plan.student.hidden)
-            narrow(model, width, batches, Refit(method.refit, method.ridge, method.pull), progress)
-            write_shape(model, plan.student, kept)
+        run = _Run(model, plan, batches, method, progress, journal)
+        done = run.cut_layers()
+        width = run.cut_width()
     if plan.ffns:
-        pad_channels(model, plan.ffns)
+        pad_channels(model, plan.ffns, journal)
     return msgspec.structs.replace(plan, layers=done, width=width)
 
 
-def _sweep(
-    model: PreTrainedModel,
-    plan: Plan,
-    kept: list[int],
-    batches: Sequence[Batch],
-    method: Method,
-    progress: Progress,
-) -> list[LayerPlan]:
-    """Heads and channels of every layer that stays."""
-    taylor = channel_sensitivity(model, batches) if method.score == "taylor" else []
-    layers, sweep, done = layers_of(model), _Sweep(plan, method, enter(model, batches)), list[LayerPlan]()
-    for index, layer in enumerate(layers):
-        if index in kept:
-            given = plan.layers[len(done)] if plan.layers else None
-            size = plan.ffn(len(done))
-            done.append(sweep.layer(index, layer, _Wanted(size, given, taylor[index] if taylor else None)))
+class _Run:
+    """One call of `prune`: its two passes, each of which a journal can take up where it stopped."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        batches: Sequence[Batch],
+        method: Method,
+        progress: Progress,
+        journal: Journal | None,
+    ) -> None:
+        self.model, self.plan, self.batches, self.method = model, plan, batches, method
+        self.progress, self.journal = progress, journal
+        self.resumed = journal.read() if journal else None
+        self.note = self.resumed.note if self.resumed else Note(stage="layers", kept=self._kept())
+
+    def _kept(self) -> list[int]:
+        given = [layer.layer for layer in self.plan.layers]
+        return given or choose_layers(self.model, self.batches, self.plan.student.layers, self.progress)
+
+    def cut_layers(self) -> list[LayerPlan]:
+        """Heads and channels of every layer that stays."""
+        layers, kept, plan = layers_of(self.model), self.note.kept, self.plan
+        if self.note.stage == "layers":
+            self._sweep(layers)
         else:
+            self._restore(layers, kept)
+        keep_layers(self.model, kept)
+        write_shape(self.model, msgspec.structs.replace(plan.student, hidden=plan.teacher.hidden), kept)
+        return self.note.done
+
+    def _sweep(self, layers: list[Layer]) -> None:
+        method, plan, start = self.method, self.plan, self.note.following
+        taylor = channel_sensitivity(self.model, self.batches) if method.score == "taylor" else []
+        sweep = _Sweep(plan, method, enter(self.model, self.batches))
+        sweep.drifted = any(index not in self.note.kept for index in range(start))
+        if self.resumed:
+            self._restore(layers, [index for index in self.note.kept if index < start])
+            sweep.resume(self.resumed.streams)
+        for index, layer in enumerate(layers[start:], start=start):
+            with layer.awake():
+                self._cut(sweep, index, layer, taylor[index] if taylor else None)
+            self.note = msgspec.structs.replace(self.note, following=index + 1)
+            if self.journal:
+                self.journal.note(self.note, sweep.streams)
+            self.progress("prune", index + 1, len(layers), f"layer {index + 1} of {len(layers)}")
+
+    def _restore(self, layers: list[Layer], places: Sequence[int]) -> None:
+        """Layers that an earlier call finished cutting."""
+        if self.journal:
+            self.journal.restore("layers", layers, places)
+        for place in places:
+            layers[place].regroup(self.plan.student.heads, self.plan.student.kv_heads)
+
+    def _cut(self, sweep: _Sweep, index: int, layer: Layer, taylor: Tensor | None) -> None:
+        if index not in self.note.kept:
             sweep.skip(index, layer)
-        progress("prune", index + 1, len(layers), f"layer {index + 1} of {len(layers)}")
-    return done
+            return
+        place = len(self.note.done)
+        given = self.plan.layers[place] if self.plan.layers else None
+        done = sweep.layer(index, layer, _Wanted(self.plan.ffn(place), given, taylor))
+        self.note = msgspec.structs.replace(self.note, done=[*self.note.done, done])
+        if self.journal:
+            self.journal.finish("layers", index, layer)
+
+    def cut_width(self) -> list[int]:
+        """The hidden width, one set of dimensions for all layers."""
+        plan, model = self.plan, self.model
+        if plan.student.hidden == plan.teacher.hidden:
+            return plan.width or list(range(plan.teacher.hidden))
+        width = plan.width or self.note.width or choose_width(model, self.batches, plan.student.hidden)
+        narrow(
+            model,
+            width,
+            self.batches,
+            Refit(self.method.refit, self.method.ridge, self.method.pull),
+            self.progress,
+            self._narrowing(width),
+        )
+        write_shape(model, plan.student, self.note.kept)
+        return width
+
+    def _narrowing(self, width: list[int]) -> Resume | None:
+        journal = self.journal
+        if journal is None:
+            return None
+        streams: list[list[Tensor]] = []
+        if self.note.stage == "width":
+            journal.restore("width", layers_of(self.model), range(self.note.following))
+            streams = self.resumed.streams if self.resumed else []
+        else:
+            self.note = msgspec.structs.replace(self.note, stage="width", following=0, width=width)
+            journal.note(self.note, [], always=True)
+        return Resume(self.note.following, streams, self._narrowed)
+
+    def _narrowed(self, place: int, layer: Layer, streams: Sequence[Stream]) -> None:
+        self.note = msgspec.structs.replace(self.note, following=place + 1)
+        if self.journal:
+            self.journal.finish("width", place, layer)
+            self.journal.note(self.note, streams)
 
 
 def _check(model: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None:
@@ -139,6 +219,12 @@ def _check(model: PreTrainedModel, plan: Plan, batches: Sequence[Batch]) -> None
         plans.check_layers(plan)
     if not any(bool(batch.real.any()) for batch in batches):
         raise ModelError("no calibration text", expected="at least one window of tokens")
+    last = max(int(batch.tokens.max()) for batch in batches)
+    if last >= shape.vocab:
+        raise ModelError(
+            f"the calibration text holds token {last}, the model has {shape.vocab}",
+            expected="tokenizer and model of one checkpoint",
+        )
 
 
 class _Wanted(NamedTuple):
@@ -158,6 +244,16 @@ class _Sweep:
         self.plan, self.method, self.stream = plan, method, stream
         self.teacher = stream.copy() if method.pull else None
         self.drifted = False
+
+    @property
+    def streams(self) -> list[Stream]:
+        """All that the next layer depends on beside itself."""
+        return [self.stream, *([self.teacher] if self.teacher else [])]
+
+    def resume(self, hidden: list[list[Tensor]]) -> None:
+        """Take up streams that were noted."""
+        for stream, states in zip(self.streams, hidden, strict=True):
+            stream.hidden = states
 
     def skip(self, index: int, layer: Layer) -> None:
         """A layer the student does without."""
@@ -284,20 +380,26 @@ def cut_channels(layer: Layer, keep: list[int], down: Tensor) -> None:
     set_linear(layer.down, down, bias_of(layer.down))
 
 
-def pad_channels(model: PreTrainedModel, sizes: list[int]) -> None:
+def pad_channels(model: PreTrainedModel, sizes: list[int], journal: Journal | None = None) -> None:
     """Fill layers of different sizes up with zero channels, so that they are one standard checkpoint again.
 
     The sizes are noted in the configuration as `ffn_per_layer`, and GGUF export leaves the padding out.
     """
-    most = max(sizes)
-    for layer in layers_of(model):
-        more = most - layer.down.in_features
-        for reader in (layer.gate, layer.up):
-            bias = bias_of(reader)
-            padded = None if bias is None else functional.pad(bias, (0, more))
-            set_linear(reader, functional.pad(reader.weight, (0, 0, 0, more)), padded)
-        set_linear(layer.down, functional.pad(layer.down.weight, (0, more)), bias_of(layer.down))
+    for place, layer in enumerate(layers_of(model)):
+        with layer.awake():
+            _pad(layer, max(sizes))
+            if journal:
+                journal.finish("padded", place, layer)
     write_ffn_sizes(model, sizes)
+
+
+def _pad(layer: Layer, most: int) -> None:
+    more = most - layer.down.in_features
+    for reader in (layer.gate, layer.up):
+        bias = bias_of(reader)
+        padded = None if bias is None else functional.pad(bias, (0, more))
+        set_linear(reader, functional.pad(reader.weight, (0, 0, 0, more)), padded)
+    set_linear(layer.down, functional.pad(layer.down.weight, (0, more)), bias_of(layer.down))
 
 
 def cut_heads(layer: Layer, heads: Heads, head_dim: int, out: Tensor) -> None:

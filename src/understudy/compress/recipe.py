@@ -220,7 +220,9 @@ class _Steps:
         sizes = Sizes(
             params=settings.params, ffn=settings.ffn, heads=settings.heads, experts=settings.experts
         )
-        plan = decided(shape_of(teacher), self.loaded, sizes)
+        with self._timed("shape"):
+            read = self.texts.calibration
+            plan = decided(shape_of(teacher), self.loaded, sizes, lambda: read, self.progress)
         plans.save(plan, path)
         with self._timed("prune"):
             texts = batched(self.texts.calibration, LEAST_TOKENS, sharing=teacher)

@@ -6,6 +6,7 @@ run (recipe).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
+from understudy import __version__
 from understudy.compress import checkpoint, distill
 from understudy.compress import plan as plans
 from understudy.compress.allocation import allocate, curves
-from understudy.compress.card import model_card
+from understudy.compress.card import loads_in_vllm, model_card
 from understudy.compress.corpus import (
     Batch,
     Document,
@@ -26,13 +28,16 @@ from understudy.compress.corpus import (
     row_length,
     shared_length,
     take,
+    windows,
 )
-from understudy.compress.decoder import Shape, extras_of, may_share, shape_of
+from understudy.compress.decoder import Shape, extras_of, family_of, may_share, parameters, shape_of
 from understudy.compress.distill import Curve
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
+from understudy.compress.journal import Journal
 from understudy.compress.plan import Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import Method
+from understudy.compress.search import Budget, cheapest
 from understudy.compress.student import student_of
 from understudy.compress.teacher import LiveTeacher
 from understudy.errors import InputError, ModelError
@@ -44,6 +49,9 @@ BATCH_TOKENS = 2048
 """Tokens per forward pass where no gradient is kept."""
 LEAST_TOKENS = 64
 """Fewer tokens of calibration than this say nothing."""
+
+STATISTICS_TOKENS, PROBE_TOKENS = 2_048, 512
+"""Tokens that a shape is searched on: those statistics are taken of, and those KL is measured on."""
 
 Texts = Callable[["PreTrainedTokenizerBase"], list[Document]]
 
@@ -79,35 +87,52 @@ def prune_only(
 ) -> Plan:
     """Decide, show and save the plan, then carry it out and save the checkpoint.
 
-    Raises InputError or ModelError for sizes, a plan, a teacher or texts that cannot be used.
+    A call that was interrupted goes on where it was when the same is asked again. Raises InputError or
+    ModelError for sizes, a plan, a teacher or texts that cannot be used.
     """
-    loaded = checkpoint.load(job.teacher)
+    loaded = checkpoint.load(job.teacher, stream=job.method.score != "taylor")
     read = cache(lambda: take(job.texts(loaded.reader), job.tokens, job.seed))
-    plan = plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, read, progress)
-    show(plan)
     path = job.out.with_name(job.out.name + ".plan.json")
+
+    def decide() -> Plan:
+        return plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, read, progress)
+
     if dry_run:
+        plan = decide()
+        show(plan)
         plans.save(plan, path)
         return plan
     calibration = read()
     texts = batched(calibration, LEAST_TOKENS)  # refused before anything is written
+    journal = Journal(job.out.with_name(job.out.name + ".prune"), _identity(job, loaded, calibration))
+    plan = journal.plan(decide)
+    show(plan)
     plans.save(plan, path)
-    model, plan = student_of(loaded.model, plan, texts, job.method, progress)
+    model, plan = student_of(loaded.model, plan, texts, job.method, progress, journal)
     plans.save(plan, path)
     facts = [
         f"teacher {loaded.source} ({loaded.digest[:16]})",
         f"calibration {fingerprint(calibration)}, {sum(len(d.tokens) for d in calibration):,} tokens",
+        loads_in_vllm(model.config.to_dict()),
     ]
     card = model_card(plan, facts)
     origin: dict[str, Any] = {"licence_from": loaded.folder, "processor": loaded.processor}
     checkpoint.save(model, loaded.tokenizer, job.out, card=card, **origin)
+    journal.forget()
     return plan
+
+
+def _identity(job: PruneJob, loaded: checkpoint.Loaded, calibration: list[Document]) -> str:
+    """SHA-256 of everything the student follows from."""
+    given = job.plan.read_text() if job.plan else ""
+    parts = [__version__, loaded.digest, job.sizes, given, fingerprint(calibration), job.method, job.seed]
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
 def _planned(
     loaded: checkpoint.Loaded, sizes: Sizes, read: Callable[[], list[Document]], progress: Progress
 ) -> Plan:
-    plan = decided(shape_of(loaded.model), loaded, sizes)
+    plan = decided(shape_of(loaded.model), loaded, sizes, read, progress)
     if sizes.shape == "uniform":
         return plan
     extras = extras_of(loaded.model)
@@ -128,27 +153,61 @@ def _planned(
     return plans.per_layer(plan, allocate(found, plan.teacher.ffn, total, step), extras)
 
 
-def decided(shape: Shape, loaded: checkpoint.Loaded, sizes: Sizes) -> Plan:
+def decided(
+    shape: Shape,
+    loaded: checkpoint.Loaded,
+    sizes: Sizes,
+    read: Callable[[], list[Document]] | None = None,
+    progress: Progress = silent,
+) -> Plan:
     """The plan for what was asked; nothing asked: three quarters of a dense teacher.
 
-    A mixture without params, FFN or experts asked becomes as wide as what one token passes in it.
+    With texts to ``read`` the shape for a budget is measured on them, otherwise it follows from a rule. A
+    mixture without params, FFN or experts asked becomes as wide as what one token passes in it.
     """
     extras = extras_of(loaded.model)
     if extras.mixed and not (sizes.params or sizes.ffn or sizes.experts):
         sizes = msgspec.structs.replace(sizes, ffn=extras.mixed.active)
     elif msgspec.structs.replace(sizes, shape="uniform") == Sizes():
         sizes = msgspec.structs.replace(sizes, params="0.75")
-    return plans.decide(
-        shape,
-        extras,
-        params=sizes.params,
-        ffn=sizes.ffn,
-        heads=sizes.heads,
-        kv_heads=sizes.kv_heads,
-        hidden=sizes.hidden,
-        layers=sizes.layers,
-        experts=sizes.experts,
-    )
+    given = {axis: getattr(sizes, axis) for axis in ("heads", "kv_heads", "hidden", "layers")}
+    by_rule = not sizes.params or sizes.ffn or sizes.experts or extras.mixed or extras.attention
+    by_rule = by_rule or family_of(loaded.model).host is not None
+    if by_rule or read is None:
+        return plans.decide(shape, extras, params=sizes.params, ffn=sizes.ffn, experts=sizes.experts, **given)
+    start = plans.decide(shape, extras, **given).student
+    return _searched(loaded.model, start, sizes.params, read(), progress)
+
+
+def _searched(
+    model: PreTrainedModel, start: Shape, params: str, documents: list[Document], progress: Progress
+) -> Plan:
+    teacher, extras = shape_of(model), extras_of(model)
+    wanted = plans.wanted_parameters(params, parameters(teacher, extras))
+    unit = f"{wanted / 1e6:.1f}M parameters"
+    text, probe = (batched(part, 2, model) for part in _parts(documents))
+
+    def cost(shape: Shape) -> int:
+        return parameters(shape, extras)
+
+    found = cheapest(model, start, Budget(cost, wanted, unit), text, probe, progress)
+    whole = sum(measured.axis == "plan" for measured in found)
+    reason = f"the least measured KL of {whole} shapes within {unit}, {len(found) - whole} tried axis by axis"
+    return plans.plan_of(teacher, found[0].shape, extras, reason, found)
+
+
+def _parts(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Texts for statistics, and others, a quarter as many at most, to measure on."""
+    count = sum(len(d.tokens) for d in documents)
+    pieces = windows(documents, 512)
+    probe = take(pieces, min(PROBE_TOKENS, count // 4), 1, share=True)
+    chosen = set(map(id, probe))
+    text = [piece for piece in pieces if id(piece) not in chosen]
+    if not text:
+        raise ModelError(
+            f"{count} tokens of text", expected="two texts at least", next_step="give more or longer texts"
+        )
+    return take(text, STATISTICS_TOKENS, 0, share=True), probe
 
 
 class HealJob(NamedTuple):

@@ -16,6 +16,7 @@ from understudy.compress.corpus import Batch
 from understudy.compress.decoder import extras_of, mixture_of, shape_of
 from understudy.compress.dense import Pooling, to_dense
 from understudy.compress.experts import keep_experts
+from understudy.compress.journal import Journal
 from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import Method, prune
@@ -37,13 +38,14 @@ def student_of(
     batches: Sequence[Batch],
     method: Method = Method(),  # noqa: B008 -- an immutable tuple
     progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> Student:
-    """Carry out a plan; ``model`` may be changed in place.
+    """Carry out a plan; ``model`` may be changed in place. A ``journal`` is kept for a dense teacher only.
 
     Raises ModelError for a plan made for another shape and for calibration without a token.
     """
     if mixture_of(model) is None:
-        return Student(model, prune(model, plan, batches, method, progress))
+        return Student(model, prune(model, plan, batches, method, progress, journal))
     _check(model, plan)
     if _stays(model, plan):
         return _smaller(model, plan, batches, progress)

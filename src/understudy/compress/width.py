@@ -36,8 +36,10 @@ from understudy.compress.decoder import (
     layers_of,
     narrow_embedding,
     set_linear,
+    softcap_of,
 )
 from understudy.compress.importance import refit, refit_gain, refit_reader, top
+from understudy.compress.losses import Head, Side
 from understudy.compress.progress import Progress, silent
 from understudy.compress.projector import narrowed
 
@@ -53,24 +55,34 @@ class Refit(NamedTuple):
     pull: float
 
 
-@torch.no_grad()
 def choose_width(model: PreTrainedModel, batches: Sequence[Batch], count: int) -> list[int]:
-    """The ``count`` dimensions that readers draw most from, ascending.
+    """The ``count`` dimensions that readers draw most from, ascending."""
+    return top(width_scores(model, batches), count)
 
-    Score of dimension j: Σ over norm sites of E[u_j²]·‖W_:j‖², each site's scores summing to one; u is what
-    the readers W see.
-    """
+
+@torch.no_grad()
+def width_scores(model: PreTrainedModel, batches: Sequence[Batch]) -> Tensor:
+    """Scores (width,) of dimensions j: Σ over norm sites of E[u_j²]·‖W_:j‖², each site's summing to one; u is
+    what the readers W see."""
     stream, scores = enter(model, batches), torch.zeros(head_weight(model).shape[1])
     for index, layer in enumerate(layers_of(model)):
-        stream.arrive(index)
-        scores += _drawn(layer.read_attention, [r.weight for r in layer.attention_readers], stream)
-        stream.advance(attention_of(layer), index)
-        scores += _drawn(layer.read_feed_forward, (layer.gate.weight, layer.up.weight), stream)
-        stream.advance(feed_forward_of(layer), index)
-    return top(scores + _drawn(body(model).norm, (head_weight(model),), stream), count)
+        with layer.awake():
+            scores += drawn_by(layer, index, stream)
+    return scores + drawn(body(model).norm, (head_weight(model),), stream)
 
 
-def _drawn(read: Callable[[Tensor], Tensor], readers: Sequence[Tensor], stream: Stream) -> Tensor:
+def drawn_by(layer: Layer, index: int, stream: Stream) -> Tensor:
+    """A layer's part of `width_scores`; the stream is passed through it."""
+    stream.arrive(index)
+    scores = drawn(layer.read_attention, [reader.weight for reader in layer.attention_readers], stream)
+    stream.advance(attention_of(layer), index)
+    scores = scores + drawn(layer.read_feed_forward, (layer.gate.weight, layer.up.weight), stream)
+    stream.advance(feed_forward_of(layer), index)
+    return scores
+
+
+def drawn(read: Callable[[Tensor], Tensor], readers: Sequence[Tensor], stream: Stream) -> Tensor:
+    """How much of each dimension's power the readers of one norm take in, (width,), summing to one."""
     pairs = zip(stream.hidden, stream.real, strict=True)
     power = cast(Tensor, sum(read(hidden[real]).float().square().sum(0) for hidden, real in pairs))
     drawn = power * cast(Tensor, sum(weight.square().sum(0) for weight in readers))
@@ -79,17 +91,40 @@ def _drawn(read: Callable[[Tensor], Tensor], readers: Sequence[Tensor], stream: 
 
 @torch.no_grad()
 def narrow(
-    model: PreTrainedModel, keep: list[int], batches: Sequence[Batch], how: Refit, progress: Progress = silent
+    model: PreTrainedModel,
+    keep: list[int],
+    batches: Sequence[Batch],
+    how: Refit,
+    progress: Progress = silent,
+    resume: Resume | None = None,
 ) -> None:
-    """Keep these dimensions of the hidden stream, in place; the configuration is the caller's to write."""
+    """Keep these dimensions of the hidden stream, in place; the configuration is the caller's to write.
+
+    With ``resume``, layers before its place are narrow already, and each further one is handed to it.
+    """
     apply = narrowed(model, keep, batches, how.ridge)
-    wide = enter(model, batches)
-    sweep, layers = _Narrowing(keep, how, wide, family_of(model).gain_offset), layers_of(model)
-    for index, layer in enumerate(layers):
-        sweep.layer(index, layer)
+    sweep = Narrowing(keep, how, enter(model, batches), family_of(model).gain_offset)
+    layers, start = layers_of(model), 0
+    if resume and resume.streams:
+        start = resume.place
+        sweep.wide.hidden, sweep.thin.hidden = resume.streams
+    for index, layer in enumerate(layers[start:], start=start):
+        with layer.awake():
+            sweep.layer(index, layer)
+            if resume:
+                resume.finished(index, layer, [sweep.wide, sweep.thin])
         progress("width", index + 1, len(layers))
     sweep.finish(model)
     apply(model)
+
+
+class Resume(NamedTuple):
+    """Where an interrupted narrowing goes on, and who is told of every layer that is done."""
+
+    place: int
+    streams: list[list[Tensor]]
+    """The wide and the narrow stream in front of that layer; empty at the beginning."""
+    finished: Callable[[int, Layer, Sequence[Stream]], None]
 
 
 class _Branches(NamedTuple):
@@ -102,7 +137,7 @@ class _Branches(NamedTuple):
     """Of the layer."""
 
 
-class _Narrowing:
+class Narrowing:
     """The wide and the narrow stream, side by side."""
 
     def __init__(self, keep: list[int], how: Refit, wide: Stream, offset: float) -> None:
@@ -120,6 +155,19 @@ class _Narrowing:
         self._norm(layer.norm(family.ffn_norm), original.read_feed_forward)
         self._read(layer.read_feed_forward, (layer.gate, layer.up), original.read_feed_forward)
         self._write(_Branches(layer, original, feed_forward_of, index), layer.down, family.ffn_post_norm)
+
+    def end(self, model: PreTrainedModel, at: Sequence[Tensor]) -> Side:
+        """What the narrow model says at ``at``, bool (rows, length) each; the model stays as it is."""
+        norm, head = copy.deepcopy(body(model).norm), family_of(model).head(model)
+        tied = head.weight is body(model).embed_tokens.weight
+        self._norm(norm, body(model).norm)
+        weight = head.weight[:, self.keep]
+        if not tied:
+            head = copy.deepcopy(head)
+            self._read(norm, (head,), body(model).norm)
+            weight = head.weight
+        ends = [norm(h)[there] for h, there in zip(self.thin.hidden, at, strict=True)]
+        return Side(torch.cat(ends), Head(weight.detach(), softcap_of(model)))
 
     def finish(self, model: PreTrainedModel) -> None:
         """The final norm, the output matrix and the embedding."""

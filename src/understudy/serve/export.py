@@ -1,7 +1,7 @@
 """A checkpoint folder -> one GGUF file that llama.cpp computes to the same tokens.
 
 Tensors are read, arranged, quantised and written one at a time, so memory holds one; the file appears under
-its name only when it is whole. It ignores K-quants and importance matrices, which need llama.cpp's own tools.
+its name only when it is whole. It ignores importance matrices, which need llama.cpp's own tools.
 
 Source: GGUF specification; gguf (the writer and the quantisers).
 """
@@ -24,11 +24,12 @@ from understudy.errors import MissingExtraError, ModelError
 from understudy.protocol import Json
 from understudy.serve import gguf_layout as layout
 from understudy.serve.gguf_tokenizer import Vocabulary, vocabulary
+from understudy.serve.k_quants import FALLBACK, quantize_k
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+KINDS = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0")
 """Types of the matrices; norms and biases are always f32."""
 
 
@@ -184,9 +185,10 @@ def _tensor(place: layout.Place, shape: tuple[int, ...], kind: str) -> _Tensor:
         chosen = "f32"
     elif place.name in ("token_embd.weight", "output.weight") and kind[:2] in ("q4", "q5"):
         chosen = "q8_0"  # the vocabulary suffers most and is read once a token
+    for standby in (FALLBACK.get(chosen, "f16"), "f16"):
+        if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[chosen.upper()]][0]:
+            chosen = standby
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[chosen.upper()]]
-    if shape[-1] % block:
-        chosen, block, size = "f16", 1, 2
     return _Tensor(place, shape, GGMLQuantizationType[chosen.upper()], int(np.prod(shape)) // block * size)
 
 
@@ -251,6 +253,7 @@ def _describe(
     from gguf import LlamaFileType
 
     names = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+    names |= {"q4_k": "MOSTLY_Q4_K_S", "q5_k": "MOSTLY_Q5_K_S"}
     writer.add_type("model")
     writer.add_name(source.folder.absolute().name)
     writer.add_file_type(LlamaFileType[names.get(kind, f"MOSTLY_{kind.upper()}")])
@@ -317,6 +320,8 @@ def _write(writer: GGUFWriter, plan: Sequence[_Tensor], source: _Checkpoint) -> 
         for tensor in plan:
             weight = source.tensor(tensor.place.source) if tensor.data is None else tensor.data
             arranged = np.ascontiguousarray(layout.arrange(tensor.place, weight))
-            writer.write_tensor_data(np.ascontiguousarray(quantize(arranged, tensor.type)))
+            by_ggml = tensor.type.name.lower() in FALLBACK
+            stored = quantize_k(arranged, tensor.type) if by_ggml else quantize(arranged, tensor.type)
+            writer.write_tensor_data(np.ascontiguousarray(stored))
     finally:
         writer.close()

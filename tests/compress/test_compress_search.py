@@ -1,0 +1,137 @@
+"""The shape that costs least, by measuring: dead parts are found, budgets kept, trials checked whole."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from understudy.compress import checkpoint, corpus
+from understudy.compress import plan as plans
+from understudy.compress.calibrate import enter, feed_forward_of, observe
+from understudy.compress.decoder import extras_of, layers_of, parameters, shape_of, states_of
+from understudy.compress.fidelity import divergence, side_of
+from understudy.compress.importance import Gated, channel_scores, head_columns, refit, top
+from understudy.compress.prune import cut_channels
+from understudy.compress.search import Budget, cheapest
+from understudy.compress.single import Sizes, decided
+from understudy.errors import InputError
+
+WIDE = {"intermediate_size": 256, "num_hidden_layers": 3}
+
+
+def smaller(model, **sizes) -> int:
+    """Parameters of the model with these sizes."""
+    return plans.decide(shape_of(model), extras_of(model), **sizes).parameters_after
+
+
+def searched(model, most: int, text, **sizes):
+    start = plans.decide(shape_of(model), extras_of(model), **sizes).student
+    budget = Budget(lambda shape: parameters(shape, extras_of(model)), most, f"{most} parameters")
+    return cheapest(model, start, budget, text[:-1], text[-1:])
+
+
+def kill_heads(model) -> None:
+    for layer in layers_of(model):
+        layer.o.weight[:, head_columns([0, 4], 8)] = 0
+
+
+def kill_channels(model) -> None:
+    for layer in layers_of(model):
+        layer.down.weight[:, 1::2] = 0
+
+
+def kill_layer(model) -> None:
+    layers_of(model)[1].o.weight.zero_()
+    layers_of(model)[1].down.weight.zero_()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kill", "sizes"),
+    [(kill_heads, {"heads": 4}), (kill_channels, {"ffn": 128}), (kill_layer, {"layers": 2})],
+    ids=["heads", "channels", "a layer"],
+)
+def test_what_is_dead_is_what_goes(kill, sizes, make, text):
+    model = make(**WIDE)
+    kill(model)
+    before = copy.deepcopy(model.state_dict())
+    chosen = searched(model, smaller(model, **sizes), text)[0]
+    assert chosen.shape == plans.decide(shape_of(model), extras_of(model), **sizes).student
+    assert chosen.axis == "plan"
+    assert chosen.kl < 1e-3
+    for name, weight in model.state_dict().items():  # measuring leaves the teacher as it was
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("share", [0.85, 0.5])
+def test_every_family_stays_within_its_budget(family, share, make, text):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = make(family, **WIDE, **({"layer_types": kinds} if family == "gemma3_text" else {}))
+    most = int(share * model.num_parameters())
+    found = searched(model, most, text)
+    assert parameters(found[0].shape, extras_of(model)) <= most
+    assert [m.axis for m in found].index("plan") == 0
+    assert found[0].kl == min(m.kl for m in found if m.axis == "plan")
+    assert all(m.kl == m.kl for m in found)
+
+
+def test_axes_that_were_named_stay(make, text):
+    model = make(**WIDE)
+    found = searched(model, int(0.6 * model.num_parameters()), text, heads=4, layers=2)
+    assert {(m.shape.heads, m.shape.layers) for m in found if m.axis == "plan"} == {(4, 2)}
+    assert not {"heads", "layers"} & {m.axis for m in found}
+
+
+@torch.no_grad()
+def test_a_trial_is_the_model_cut_by_hand(make, text):
+    """Each layer refitted on the untouched model's statistics, then the whole run."""
+    model = make(**WIDE)
+    found = next(m for m in searched(model, smaller(model, ffn=64), text) if m.axis == "ffn")
+    student, stream = copy.deepcopy(model), enter(model, text[:-1])
+    for index, (old, new) in enumerate(zip(layers_of(model), layers_of(student), strict=True)):
+        stream.advance(old.attention, index)
+        gram = observe(old.down, stream, feed_forward_of(old), index)
+        block = Gated(old.gate.weight, old.up.weight, old.down.weight)
+        kept = top(channel_scores("output", block, gram), found.shape.ffn)
+        cut_channels(new, kept, refit(old.down.weight, gram, kept))
+        stream.advance(feed_forward_of(old), index)
+    sides = [side_of(m, states_of(m, text[-1])[text[-1].predicts]) for m in (model, student)]
+    assert found.kl == pytest.approx(divergence(*sides), rel=1e-3)
+
+
+def test_an_unreachable_budget_measures_nothing(make, text):
+    steps: list[str] = []
+    model = make(**WIDE)
+    budget = Budget(lambda shape: parameters(shape, extras_of(model)), 900, "900 parameters")
+    with pytest.raises(InputError, match="900 parameters cannot be reached"):
+        cheapest(model, shape_of(model), budget, text[:-1], text[-1:], lambda step, *_: steps.append(step))
+    assert steps == []
+
+
+def test_a_budget_in_whatever_unit(make, text):
+    """Seconds a token, say: the cost is any function that grows with the shape."""
+    model = make(**WIDE)
+    found = cheapest(model, shape_of(model), Budget(lambda s: s.layers, 2.0, "two"), text[:-1], text[-1:])
+    assert found[0].shape.layers == 2
+    assert found[0].shape.ffn == 256
+
+
+def test_without_texts_a_rule_decides(make, tokenizer, documents, tmp_path: Path):
+    loaded = checkpoint.load(checkpoint.save(make(**WIDE), tokenizer, tmp_path / "teacher"))
+    shape = shape_of(loaded.model)
+    assert decided(shape, loaded, Sizes(params="0.7")).measured == []
+    plan = decided(shape, loaded, Sizes(params="0.7"), lambda: documents)
+    assert plan.measured[0].shape == plan.student
+    assert plan.parameters_after <= 0.7 * plan.parameters_before
+    assert "least measured KL" in plan.reason
+
+
+def test_one_text_is_divided(make, tokenizer, tmp_path: Path):
+    loaded = checkpoint.load(checkpoint.save(make(**WIDE), tokenizer, tmp_path / "teacher"))
+    long = corpus.encode_text(tokenizer, "the cat sat on a mat because it is warm " * 90)
+    plan = decided(shape_of(loaded.model), loaded, Sizes(params="0.7"), lambda: [long])
+    assert plan.measured
