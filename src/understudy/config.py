@@ -573,8 +573,9 @@ def _check_weights(config: Config, name: str, alias: Alias, faults: _Faults) -> 
 def _check_rollout(rollout: Rollout, faults: _Faults) -> None:
     _check_secret("rollout.webhook", rollout.webhook, faults)
     rising = all(a < b <= 1 for a, b in pairwise([0.0, *rollout.shares]))
-    if not rollout.shares or not rising:
-        faults.add("rollout.shares", f"{list(rollout.shares)}: expected rising shares above 0 and up to 1")
+    if not rollout.shares or not rising or rollout.shares[0] >= 0.5:
+        said = f"{list(rollout.shares)}: expected rising shares up to 1, the first below 0.5"
+        faults.add("rollout.shares", said)
     if len(rollout.tasks) != len(rollout.shares) or any(count < 1 for count in rollout.tasks):
         faults.add(
             "rollout.tasks", f"{list(rollout.tasks)}: expected a number from 1 on for each of rollout.shares"

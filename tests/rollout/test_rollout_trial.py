@@ -368,7 +368,7 @@ def test_a_processs_memory_is_bounded() -> None:
 
 
 async def test_with_every_task_its_failures_are_still_seen(store: Store, config: Config) -> None:
-    world = started(store, settings(config, shares=[0.5, 1.0], tasks=[10, 400]))
+    world = started(store, settings(config, shares=[0.4, 1.0], tasks=[10, 400]))
     await world.pass_on(600)
     assert (store.route("chat") or pytest.fail("no route")).share == 1.0
     world.fails = {NEW}

@@ -79,6 +79,7 @@ def waits_for(route: Route, standing: Standing, settings: Rollout) -> list[str]:
     """What the next step still needs."""
     missing: list[str] = []
     onward = next_share(route, settings)
+    compared = route.share < 1.0  # beside a candidate with every task nobody is left; its proof came before
     if route.stage == "replay":
         more = settings.replay_tasks - standing.replays
         if more > 0 and not standing.replay_over:
@@ -91,10 +92,10 @@ def waits_for(route: Route, standing: Standing, settings: Rollout) -> list[str]:
         more = settings.tasks[_place(route, settings)] - standing.settled_since(route.changed_at)
         if more > 0:
             missing.append(f"{more} more tasks of the candidate at {route.share:.0%}")
-        if onward >= PROOF_SHARE:
+        if onward >= PROOF_SHARE and compared:
             missing += _unproven(standing, settings)
     doubts = [name for name, guard in standing.guards.items() if guard.excess.e_value > DOUBT]
-    if standing.difference.e_worse > HAND_OVER / onward:
+    if compared and standing.difference.e_worse > HAND_OVER / onward:
         doubts.append(f"outcomes (e-value against it {standing.difference.e_worse:.2g})")
     return missing + [f"evidence that clears {name} of the doubt there is" for name in doubts]
 
