@@ -368,8 +368,10 @@ def test_a_processs_memory_is_bounded() -> None:
 
 
 async def test_with_every_task_its_failures_are_still_seen(store: Store, config: Config) -> None:
-    world = started(store, settings(config, shares=[0.4, 1.0], tasks=[10, 400]))
-    await world.pass_on(600)
+    world = started(store, settings(config, shares=[0.4, 1.0], tasks=[10, 4000]))
+    while (store.route("chat") or pytest.fail("no route")).share < 1.0:
+        await world.pass_on(20)
+    await world.pass_on(60)
     assert (store.route("chat") or pytest.fail("no route")).share == 1.0
     world.fails = {NEW}
     await world.pass_on(300, until="rolled_back")
