@@ -13,11 +13,10 @@ import msgspec
 import pytest
 
 from understudy import config as configuration
+from understudy.cli.dashboard import moves_of
 from understudy.config import Config
-from understudy.dashboard.rollouts import Moves
 from understudy.dashboard.server import start
 from understudy.protocol import Usage
-from understudy.rollout.move import move, roll_back
 from understudy.traffic.record import Attempt, Call, new_key
 from understudy.traffic.store import Store, open_store
 
@@ -93,7 +92,7 @@ async def browse(config: Config) -> AsyncIterator[Callable[..., Awaitable[Browse
     async with AsyncExitStack() as stack:
 
         async def open_browser(given: Config = config) -> Browser:
-            dashboard = await start(given, moves=Moves(move, roll_back))
+            dashboard = await start(given, moves=moves_of(given))
             stack.push_async_callback(dashboard.stop)
             jar = aiohttp.CookieJar(unsafe=True)
             session = await stack.enter_async_context(aiohttp.ClientSession(cookie_jar=jar))

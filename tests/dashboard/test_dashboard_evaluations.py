@@ -121,7 +121,7 @@ async def test_an_operator_moves_and_moves_back(browse: Browse) -> None:
     done = await browser.post("/rollouts", {**form, "do": "move", "to": "local/student", "reason": "PASS"})
     assert done.headers["Location"] == "/rollouts?moved=assistant"
     text = (await browser.get("/rollouts?moved=assistant")).text
-    assert "assistant was moved" in text
+    assert "assistant was changed" in text
     assert "dashboard (127.0.0.1)" in text
     stale = await browser.post("/rollouts", {**form, "do": "move", "to": "openai/other"})
     assert stale.status == 422

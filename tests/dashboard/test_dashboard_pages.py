@@ -14,7 +14,6 @@ import pytest
 
 from understudy import config as configuration
 from understudy.config import Config
-from understudy.dashboard.rollouts import Moves
 from understudy.dashboard.server import start
 from understudy.errors import InputError, StoreError
 from understudy.protocol import Cost, Usage
@@ -253,7 +252,7 @@ async def test_a_store_that_fails_is_explained(config: Config) -> None:
     def full(*_: object, **__: object) -> None:
         raise StoreError("traffic.db: disk full", next_step="free some space")
 
-    dashboard = await start(config, moves=Moves(full, full))
+    dashboard = await start(config, moves={"move": full})
     async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
         async with session.get(f"{dashboard.url}/rollouts") as answer:
             token = re.findall(r'name="token" value="([^"]+)"', await answer.text())[0]

@@ -190,6 +190,7 @@ UNDONE = (
     "ALTER TABLE calls DROP COLUMN plain",
     "DROP TABLE staying",
     "ALTER TABLE attempts DROP COLUMN form",
+    "DROP TABLE looks",
     *(
         f"ALTER TABLE {table} DROP COLUMN {column}"
         for table in ("routes", "route_history")

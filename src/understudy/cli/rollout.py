@@ -24,6 +24,7 @@ from understudy.errors import InputError, UserError
 if TYPE_CHECKING:
     from understudy.config import Alias, Config
     from understudy.rollout.controller import Report
+    from understudy.rollout.look import Look
     from understudy.rollout.move import Moved
     from understudy.rollout.shadow import Means
     from understudy.traffic.store import Route, Store
@@ -50,7 +51,7 @@ def status(alias: str | None, config_path: Path, as_json: bool) -> None:
         routes = [r for r in _in_force(config, store) if alias in (None, r.alias)]
         looks = {r.alias: _look(config, store, r) for r in routes if r.candidate}
     if as_json:
-        print_json([r._asdict() | {"trial": looks.get(r.alias)} for r in routes])
+        print_json([r._asdict() | {"trial": _plain(looks.get(r.alias))} for r in routes])
         return
     _show(routes, False)
     for name, look in looks.items():
@@ -230,42 +231,29 @@ def _means_of(config: Config) -> Callable[[str], Means]:
     return lambda candidate: Means(partial(connect, config, candidate), price, redactor)
 
 
-def _look(config: Config, store: Store, route: Route) -> dict[str, Any]:
-    """The evidence of a trial, as it would be shown."""
+def _look(config: Config, store: Store, route: Route) -> Look:
+    """The evidence of a trial, read anew."""
     from understudy.rollout.controller import Trial
-    from understudy.rollout.course import waits_for
+    from understudy.rollout.look import look_at
 
     settings = config.rollout or configuration.Rollout()
-    trial = Trial(store, route, settings)
-    standing = trial.look(route, time.time())
-    return {
-        "candidate": route.candidate,
-        "share": route.share,
-        "copies": standing.pairs,
-        "tasks": standing.answered,
-        "tasks_with_outcome": standing.scored,
-        "difference": standing.difference.estimate,
-        "e_no_worse": standing.difference.e_fine,
-        "e_worse": standing.difference.e_worse,
-        "guards": {
-            name: {"rate": g.excess.rate, "tolerated": g.excess.tolerated, "e_value": g.excess.e_value}
-            for name, g in standing.guards.items()
-        },
-        "waits_for": waits_for(route, standing, settings)
-        if route.stage != "held"
-        else ["a person: resume or abort"],
-    }
+    return look_at(route, Trial(store, route, settings).look(route, time.time()), settings)
 
 
-def _show_look(alias: str, look: dict[str, Any]) -> None:
-    done = f"{look['copies']} copies, {look['tasks']} tasks, {look['tasks_with_outcome']} with an outcome"
-    bets = f"evidence for no worse {look['e_no_worse']:.3g}, for worse {look['e_worse']:.3g}"
-    click.echo(f"{alias}: {look['candidate']} at {look['share']:.0%}; {done}")
-    click.echo(f"  outcomes: difference {look['difference']:+.3f}; {bets}")
-    for name, guard in look["guards"].items():
-        tolerated = f"{guard['tolerated']:.0%} tolerated"
-        click.echo(f"  {name}: {guard['rate']:.1%}, {tolerated}, e-value {guard['e_value']:.3g}")
-    for missing in look["waits_for"]:
+def _plain(look: Look | None) -> Any:
+    return msgspec.to_builtins(look)
+
+
+def _show_look(alias: str, look: Look) -> None:
+    copies = f"{look.replays} replayed, {look.copies} copies"
+    done = f"{copies}, {look.tasks} tasks, {look.tasks_with_outcome} with an outcome"
+    bets = f"evidence for no worse {look.e_no_worse:.3g}, for worse {look.e_worse:.3g}"
+    click.echo(f"{alias}: {look.candidate} at {look.share:.0%}; {done}")
+    click.echo(f"  outcomes: difference {look.difference:+.3f}; {bets}")
+    for name, guard in look.guards.items():
+        tolerated = f"{guard.tolerated:.0%} tolerated"
+        click.echo(f"  {name}: {guard.rate:.1%}, {tolerated}, e-value {guard.e_value:.3g}")
+    for missing in look.waits_for:
         click.echo(f"  waits for {missing}")
 
 

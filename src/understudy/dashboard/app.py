@@ -116,8 +116,7 @@ class Dashboard:
         if self._moves is None:
             raise web.HTTPForbidden(text="this dashboard was started to read only")
         form = {name: value for name, value in (await request.post()).items() if isinstance(value, str)}
-        by = f"dashboard ({request.remote})"
-        order = rollouts.order_of(form, by)
+        order = rollouts.order_of(form, f"dashboard ({request.remote})")
         await asyncio.to_thread(rollouts.carry_out, self._desk, order, self._moves)
         raise web.HTTPSeeOther(f"/rollouts?{urlencode({'moved': order.alias})}")
 

@@ -61,14 +61,25 @@ def bars(title: str, unit: str, columns: Sequence[Bar], series: Sequence[str], x
     legend = [_legend("fill", n, name) for n, name in enumerate(series)] if len(series) > 1 else []
     names = [column.label for column in columns]
     table = _table(x_label, [(n, [c.values[s] for c in columns]) for s, n in enumerate(series)], names, unit)
-    inner = [*_y_axis(ticks, y), *body, *([] if top else [_EMPTY.format(x=WIDTH / 2, y=HEIGHT / 2)])]
+    axis = _y_axis(ticks, y, [short(tick) for tick in ticks])
+    inner = [*axis, *body, *([] if top else [_EMPTY.format(x=WIDTH / 2, y=HEIGHT / 2)])]
     return _figure(title, unit, x_label, inner, legend, table)
 
 
 def lines(
-    title: str, unit: str, series: Sequence[Line], x_label: str, *, marks: Sequence[tuple[str, float]] = ()
+    title: str,
+    unit: str,
+    series: Sequence[Line],
+    x_label: str,
+    *,
+    marks: Sequence[tuple[str, float]] = (),
+    logarithmic: bool = False,
 ) -> Markup:
-    """Lines over a number; ``marks`` are named horizontal thresholds."""
+    """Lines over a number; ``marks`` are named horizontal thresholds. A ``logarithmic`` axis shows powers of
+    ten from 0.001 on."""
+    if logarithmic:
+        series = [line._replace(points=[(x, _log(y)) for x, y in line.points]) for line in series]
+        marks = [(name, _log(value)) for name, value in marks]
     points = [point for line in series for point in line.points]
     xs, ys = [x for x, _ in points] or [0.0], [y for _, y in points] + [value for _, value in marks] or [0.0]
     y_ticks, x_ticks = nice_ticks(min(ys), max(ys)), nice_ticks(min(xs), max(xs))
@@ -83,8 +94,17 @@ def lines(
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         body.append(f'<polyline class="line{number}" points="{path}"/>')
     legend = [_legend("line", n, line.name) for n, line in enumerate(series)]
-    inner = [*_y_axis(y_ticks, y), *body, *([] if points else [_EMPTY.format(x=WIDTH / 2, y=HEIGHT / 2)])]
+    named = [f"{10.0**tick:g}" for tick in y_ticks] if logarithmic else [short(tick) for tick in y_ticks]
+    inner = [
+        *_y_axis(y_ticks, y, named),
+        *body,
+        *([] if points else [_EMPTY.format(x=WIDTH / 2, y=HEIGHT / 2)]),
+    ]
     return _figure(title, unit, x_label, inner, legend, "")
+
+
+def _log(value: float) -> float:
+    return math.log10(max(value, 1e-3))
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -104,12 +124,12 @@ class _scale:  # noqa: N801 - called like the function it stands for
         return self.start + (value - self.low) / self.span * self.length
 
 
-def _y_axis(ticks: Sequence[float], y: _scale) -> list[str]:
+def _y_axis(ticks: Sequence[float], y: _scale, names: Sequence[str]) -> list[str]:
     rows: list[str] = []
-    for value in ticks:
+    for value, name in zip(ticks, names, strict=True):
         rows.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         where = f'x="{LEFT - 6}" y="{y(value) + 4:.1f}"'
-        rows.append(f'<text class="tick" {where} text-anchor="end">{short(value)}</text>')
+        rows.append(f'<text class="tick" {where} text-anchor="end">{escape(name)}</text>')
     return rows
 
 

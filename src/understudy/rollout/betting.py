@@ -30,6 +30,18 @@ STAKES = (0.05, 0.2, 0.6)
 """Shares of its wealth that a guard loses when nothing bad happens."""
 
 
+PATH = 200
+"""Points kept of how the evidence went."""
+
+
+class Wealth(NamedTuple):
+    """The evidence after some rounds."""
+
+    rounds: int
+    fine: float
+    worse: float
+
+
 class Round(NamedTuple):
     """Both sides since the last round: means of what was observed, each in [0, 1]."""
 
@@ -59,6 +71,9 @@ class Difference:
     def __init__(self, margin: float) -> None:
         self.margin = margin
         self.rounds = 0
+        self.path: list[Wealth] = []
+        """How the evidence went, thinned to at most `PATH` points."""
+        self._stride = 1
         self._sum = 0.0
         self._squares = VARIANCE_WEIGHT * VARIANCE_GUESS
         self._worse, self._fine = list(WORSE_WEIGHTS), list(FINE_WEIGHTS)
@@ -91,6 +106,14 @@ class Difference:
         self.rounds += 1
         self._sum += z
         self._squares += (z - self.estimate) ** 2
+        self._remember()
+
+    def _remember(self) -> None:
+        if self.rounds % self._stride:
+            return
+        self.path.append(Wealth(self.rounds, self.e_fine, self.e_worse))
+        if len(self.path) >= PATH:
+            self.path, self._stride = self.path[1::2], self._stride * 2
 
 
 class Excess:

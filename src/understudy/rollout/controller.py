@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
+
 from understudy.config import Config, Rollout
 from understudy.errors import InputError, UserError
 from understudy.rollout.course import Decision, Step, decide
 from understudy.rollout.evidence import Evidence
+from understudy.rollout.look import Look, look_at
 from understudy.rollout.shadow import Means, Shadow
 from understudy.rollout.standing import Standing
 from understudy.rollout.trials import UNDER_WAY, set_stage
@@ -25,6 +28,8 @@ from understudy.traffic.store import Route, Store
 
 BY = "understudy"
 """Who made a change that no person made."""
+SHOWN_S = 30.0
+"""How old a look in the store becomes, at most."""
 
 _log = logging.getLogger("understudy.rollout")
 
@@ -51,6 +56,8 @@ class Trial:
         self._store = store
         self._settings = settings
         self._evidence: Evidence | None = None
+        self.shown: Look | None = None
+        self.shown_at = 0.0
 
     def look(self, route: Route, now: float) -> Standing:
         """Fold in what happened since the last look. Raises StoreError."""
@@ -108,12 +115,20 @@ class Controller:
         now = self._clock()
         standing = trial.look(route, now)
         decision = decide(route, standing, self._settings, now)
+        self._keep_look(trial, route, now)
         if decision.step is None and route.stage in ("replay", "shadow"):
             await self._copy(route, trial, now)
             decision = self._after_copies(route, trial, now)
         if decision.step is None:
             return Report(route, standing, decision.missing)
         return Report(self._take(route, decision.step), standing, [])
+
+    def _keep_look(self, trial: Trial, route: Route, now: float) -> None:
+        """For the dashboard: where something has happened, and else every half minute."""
+        seen = look_at(route, trial.standing, self._settings)
+        if seen != trial.shown or now - trial.shown_at > SHOWN_S:
+            trial.shown, trial.shown_at = seen, now
+            self._store.set_look(route.alias, now, msgspec.json.encode(seen).decode())
 
     async def _copy(self, route: Route, trial: Trial, now: float) -> None:
         replay = route.stage == "replay"

@@ -344,6 +344,14 @@ M021_ADD_FORM = Migration(
     ),
 )
 
+M022_CREATE_LOOKS = Migration(
+    "m022_create_looks",
+    (
+        # what whoever takes a trial through its course saw last; made anew at every look
+        "CREATE TABLE looks (alias TEXT PRIMARY KEY, at REAL NOT NULL, seen TEXT NOT NULL)",
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -367,6 +375,7 @@ HISTORY = (
     M019_ADD_CACHE_DETAILS,
     M020_CREATE_BUNDLES,
     M021_ADD_FORM,
+    M022_CREATE_LOOKS,
 )
 
 

@@ -538,6 +538,21 @@ class Store:
             for alias, tasks in self._database.query("SELECT alias, tasks FROM staying")
         }
 
+    def set_look(self, alias: str, at: float, seen: str) -> None:
+        """Keep how a trial stood at a time (Unix seconds), as JSON, in place of the last look."""
+        sql = (
+            "INSERT INTO looks (alias, at, seen) VALUES (?, ?, ?) "
+            "ON CONFLICT (alias) DO UPDATE SET at = excluded.at, seen = excluded.seen"
+        )
+        with self._database.transaction():
+            self._database.execute(sql, (alias, at, seen))
+
+    def looks(self) -> dict[str, tuple[float, str]]:
+        """The last look at each trial there was: its time and JSON."""
+        return {
+            alias: (at, seen) for alias, at, seen in self._database.query("SELECT alias, at, seen FROM looks")
+        }
+
     def dealt(self, alias: str, since: float) -> Iterator[tuple[str, str]]:
         """Task and the target asked first, of each call with a task since then (Unix seconds), in order."""
         sql = (
