@@ -125,7 +125,7 @@ async def test_an_operator_moves_and_moves_back(browse: Browse) -> None:
     assert "dashboard (127.0.0.1)" in text
     stale = await browser.post("/rollouts", {**form, "do": "move", "to": "openai/other"})
     assert stale.status == 422
-    assert "moved by somebody else" in stale.text
+    assert "changed by somebody else" in stale.text
     assert "Back to openai/gpt-4-0613" in text
     assert (await browser.post("/rollouts", {**form, "version": "2", "do": "back"})).status == 303
     assert "rolled back" in (await browser.get("/rollouts")).text
@@ -141,6 +141,9 @@ async def test_an_operator_moves_and_moves_back(browse: Browse) -> None:
         ({"version": "x"}, "version"),
         ({"version": ""}, "version"),
         ({"do": "back"}, "no move"),
+        ({"do": "pause"}, "nothing is on trial"),
+        ({"do": "rm"}, "cannot do"),
+        ({"do": "start", "to": "openai/gpt-4-0613"}, "already"),
     ],
 )
 async def test_a_form_filled_in_wrongly_is_explained(

@@ -23,6 +23,7 @@ from understudy.errors import InputError, UserError
 
 if TYPE_CHECKING:
     from understudy.config import Alias, Config
+    from understudy.rollout.calendar import Entry
     from understudy.rollout.controller import Report
     from understudy.rollout.look import Look
     from understudy.rollout.move import Moved
@@ -66,6 +67,13 @@ def status(alias: str | None, config_path: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="The certificate this move rests on. It must verify and pass the model; its SHA-256 is kept.",
 )
+@click.option(
+    "--until-date",
+    "until",
+    metavar="DATE",
+    help="Day (UTC) by which it is to be over, or `retirement`: the model's announced end. Refused where the "
+    "alias's traffic is too little for that; held if undecided then.",
+)
 @click.option("--now", is_flag=True, help="Without a trial: point ALIAS there at once.")
 @click.option("--dry-run", is_flag=True, help="Tell the stages, and change nothing.")
 @REASON
@@ -75,6 +83,7 @@ def start(
     alias: str,
     target: str,
     evidence: Path | None,
+    until: str | None,
     now: bool,
     dry_run: bool,
     reason: str,
@@ -94,16 +103,19 @@ def start(
     config.endpoint_of(target)
     proof = _proven(evidence, target) if evidence else ""
     settings = config.rollout or configuration.Rollout()
-    if dry_run:
-        _show_course(settings, target, now, as_json)
-        return
-    by = getpass.getuser()
     with _store(config) as store:
+        deadline = _deadline(config, store, alias, until) if until else 0.0
+        if dry_run:
+            _show_course(settings, target, now, deadline, as_json)
+            return
+        by = getpass.getuser()
         if now:
             moved = move(store, alias, target, by=by, reason=reason, evidence=proof, initial=initial)
         else:
             order = Order(by, reason)
-            moved = begin(store, alias, target, order, settings, evidence=proof, initial=initial)
+            moved = begin(
+                store, alias, target, order, settings, evidence=proof, deadline=deadline, initial=initial
+            )
     _report(moved, as_json)
     if config.rollout is None and not now and not as_json:
         click.echo("there is no [rollout] in the config: keep `understudy rollout run` running")
@@ -133,6 +145,26 @@ def _changing(name: str, doc: str) -> None:
 _changing("pause", "Send every task of ALIAS to its model again; the trial keeps what it has learnt.")
 _changing("resume", "Go on with a trial where it was held.")
 _changing("abort", "End the trial of ALIAS; without one, put back the route it had before its last move.")
+
+
+@rollout.command()
+@config_option
+@json_option
+def calendar(config_path: Path, as_json: bool) -> None:
+    """By when a trial must begin on each alias to be over a week before its model retires.
+
+    From the alias's traffic of two weeks, the outcomes reported of it and the course of [rollout]; an equal
+    candidate is through in time with a probability of 90%.
+    """
+    config = configuration.load(config_path)
+    with _store(config) as store:
+        entries = [_calendar_entry(config, store, route) for route in _in_force(config, store)]
+    if as_json:
+        print_json([msgspec.to_builtins(each._asdict()) for each in entries])
+        return
+    today = dt.datetime.now(dt.UTC).date()
+    for each in sorted(entries, key=lambda e: (e.latest_start is None, e.latest_start, e.alias)):
+        click.echo(_calendar_line(each, today))
 
 
 @rollout.command()
@@ -203,6 +235,57 @@ def _in_force(config: Config, store: Store) -> list[Route]:
     ]
 
 
+def _calendar_entry(config: Config, store: Store, route: Route) -> Entry:
+    from understudy.catalog.facts import catalog_of
+    from understudy.rollout.calendar import entry, traffic_of
+
+    facts = catalog_of(config).find(route.model)
+    retires = facts.retires.value if facts and facts.retires else None
+    traffic = traffic_of(store, route.alias, time.time())
+    return entry(route.alias, route.model, retires, traffic, config.rollout or configuration.Rollout())
+
+
+def _calendar_line(each: Entry, today: dt.date) -> str:
+    line = f"{each.alias} -> {each.model}: {each.tasks_per_day:,.0f} tasks a day"
+    if each.days_needed is not None:
+        line += f"; a trial takes {each.tasks_needed:,.0f} tasks, {each.days_needed:,.1f} days"
+    if each.latest_start is None or each.retires is None:
+        return f"{line}; {each.missing}"
+    late = " (late)" if each.latest_start < today else ""
+    return f"{line}; retires {each.retires}, begin by {each.latest_start}{late}"
+
+
+def _deadline(config: Config, store: Store, alias: str, until: str) -> float:
+    """The end of the day, in Unix seconds. Raises InputError for one too near for the alias's traffic."""
+    route = next(r for r in _in_force(config, store) if r.alias == alias)
+    each = _calendar_entry(config, store, route)
+    day = _day(each, until)
+    end = dt.datetime.combine(day, dt.time.max, dt.UTC)
+    left = (end.timestamp() - time.time()) / 86_400
+    if each.days_needed is None or left < each.days_needed:
+        needs = f"{each.days_needed:,.1f} days" if each.days_needed is not None else each.missing
+        raise InputError(
+            f"a trial of {alias!r} may not be over by {day}: {max(left, 0.0):,.1f} days left, needs {needs}",
+            expected="a day by which an equal candidate is promoted with a probability of 90%",
+            next_step="name a later day, give [rollout] larger shares, or leave out --until-date",
+        )
+    return end.timestamp()
+
+
+def _day(each: Entry, until: str) -> dt.date:
+    if until == "retirement":
+        if each.retires is None:
+            raise InputError(
+                f"no end of {each.model} is announced", expected="a model with a retirement date",
+                next_step="--until-date YYYY-MM-DD",
+            )  # fmt: skip
+        return each.retires
+    try:
+        return dt.date.fromisoformat(until)
+    except ValueError as error:
+        raise InputError(f"no day: {until!r}", expected="YYYY-MM-DD or `retirement`") from error
+
+
 def _proven(evidence: Path, target: str) -> str:
     """The certificate with its hash. Raises EvidenceError, or InputError where it does not pass the model."""
     from understudy.evaluate.verify import verify
@@ -257,17 +340,20 @@ def _show_look(alias: str, look: Look) -> None:
         click.echo(f"  waits for {missing}")
 
 
-def _show_course(settings: configuration.Rollout, target: str, now: bool, as_json: bool) -> None:
+def _show_course(
+    settings: configuration.Rollout, target: str, now: bool, deadline: float, as_json: bool
+) -> None:
     stages: list[dict[str, Any]] = [{"stage": "promoted"}]
     if not now:
         canary = [
             {"stage": "canary", "share": share, "tasks": tasks}
             for share, tasks in zip(settings.shares, settings.tasks, strict=True)
         ]
+        replay = [{"stage": "replay", "calls": settings.replay_tasks}] if settings.replay_tasks else []
         shadow = [{"stage": "shadow", "copies": settings.shadow_tasks}] if settings.shadow_tasks else []
-        stages = [*shadow, *canary, *stages]
+        stages = [*replay, *shadow, *canary, *stages]
     if as_json:
-        print_json({"candidate": target, "stages": stages})
+        print_json({"candidate": target, "deadline": deadline or None, "stages": stages})
         return
     for stage in stages:
         click.echo(" ".join([str(stage["stage"]), *(f"{k} {v}" for k, v in stage.items() if k != "stage")]))

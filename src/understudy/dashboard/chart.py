@@ -38,7 +38,8 @@ class Line(NamedTuple):
 def bars(title: str, unit: str, columns: Sequence[Bar], series: Sequence[str], x_label: str) -> Markup:
     """Stacked bars; ``series`` names what is stacked, from the bottom."""
     top = max((sum(column.values) for column in columns), default=0.0)
-    ticks = nice_ticks(0.0, top)
+    whole = all(value == int(value) for column in columns for value in column.values)
+    ticks = nice_ticks(0.0, max(top, 4.0) if whole and top else top)
     y = _scale(0.0, ticks[-1], HEIGHT - BOTTOM, TOP)
     step = _INNER_W / max(1, len(columns))
     body: list[str] = []
@@ -88,13 +89,12 @@ def lines(
     body = [_tick_below(x(value), short(value)) for value in x_ticks if min(xs) <= value <= max(xs)]
     for name, value in marks:
         body.append(f'<path class="mark" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
-        where = f'x="{WIDTH - RIGHT}" y="{y(value) - 4:.1f}"'
-        body.append(f'<text class="tick" {where} text-anchor="end">{escape(name)}</text>')
+        body.append(f'<text class="tick" x="{LEFT + 5}" y="{y(value) - 4:.1f}">{escape(name)}</text>')
     for number, line in enumerate(series):
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         body.append(f'<polyline class="line{number}" points="{path}"/>')
     legend = [_legend("line", n, line.name) for n, line in enumerate(series)]
-    named = [f"{10.0**tick:g}" for tick in y_ticks] if logarithmic else [short(tick) for tick in y_ticks]
+    named = [_power(tick) if logarithmic else short(tick) for tick in y_ticks]
     inner = [
         *_y_axis(y_ticks, y, named),
         *body,
@@ -105,6 +105,13 @@ def lines(
 
 def _log(value: float) -> float:
     return math.log10(max(value, 1e-3))
+
+
+def _power(exponent: float) -> str:
+    """Ten to a whole exponent, in at most three signs."""
+    if 0 <= exponent <= 2:
+        return f"{10 ** int(exponent)}"
+    return "10" + f"{exponent:g}".translate(str.maketrans("-0123456789.", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹·"))
 
 
 def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -134,8 +141,9 @@ def _y_axis(ticks: Sequence[float], y: _scale, names: Sequence[str]) -> list[str
 
 
 def _tick_below(x: float, label: str) -> str:
-    where = f'x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}"'
-    return f'<text class="tick" {where} text-anchor="middle">{escape(label)}</text>'
+    anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"  # within the picture also at its edge
+    where = f'x="{min(x, WIDTH - RIGHT + 8):.1f}" y="{HEIGHT - BOTTOM + 16}"'
+    return f'<text class="tick" {where} text-anchor="{anchor}">{escape(label)}</text>'
 
 
 def _legend(kind: str, number: int, name: str) -> str:

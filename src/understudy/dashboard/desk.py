@@ -53,7 +53,9 @@ class Desk:
             for name, alias in self.config.aliases.items()
         }
         for name, route in self.store.routes().items():
-            bound[name] = Binding(name, route.model, route.fallback, route.stage, route.version)
+            bound[name] = Binding(
+                name, route.model, route.fallback, route.stage, route.version, route.candidate
+            )
         return bound
 
     def hours(self, days: float) -> list[Hour]:
@@ -72,6 +74,8 @@ class Binding(NamedTuple):
     """The route's stage; ``config`` where nobody moved it yet."""
     version: int
     """Of the route; 0 where there is none."""
+    candidate: str = ""
+    """ENDPOINT/MODEL on trial; empty when none is."""
 
 
 class Use(NamedTuple):

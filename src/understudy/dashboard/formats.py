@@ -42,6 +42,13 @@ def percent(share: float) -> str:
     return f"{share * 100:.1f}%"
 
 
+def evidence(value: float) -> str:
+    """An e-value: below a hundredth nothing more is to be learnt from its digits."""
+    if value < 0.01:
+        return "<0.01"
+    return f"{value:.3g}" if value < 1000 else count(value) if value < 1e6 else short(value)
+
+
 def signed(points: float) -> str:
     """A difference of shares in points of a hundred: 0.0123 -> +1.2."""
     return f"{points * 100:+.1f}".replace("-", "−")

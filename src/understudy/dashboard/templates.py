@@ -44,6 +44,7 @@ _FILTERS = (
     formats.calendar_day,
     formats.ago,
     formats.signed,
+    formats.evidence,
     redactions,
 )
 
