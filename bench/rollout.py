@@ -5,7 +5,8 @@ worse by the margin, on a short course with a wide margin; regressions of ten po
 candidates that answer 503. Then the default course by simulation, a thousand of each: course, bets and guards
 are the same code, tasks come as events, a task a second.
 
-`--only WORDS` runs the cases whose names contain them, so that the whole can be run in parts.
+`--only WORDS` runs the cases whose names contain them, and `--part K/N` of each case through the gateway the
+K-th of N parts, so that the whole can be run piece by piece.
 """
 
 from __future__ import annotations
@@ -99,12 +100,13 @@ def head(*more: str) -> None:
     print("|" + "---|" * (len(HEAD) + len(more)))
 
 
-def through_the_gateway(only: str) -> None:
+def through_the_gateway(only: str, part: int, parts: int) -> None:
     head("at most", "requests", "failed for a client", "records lost", "doubled", "tasks that mixed models")
     used: list[Ended] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, case in enumerate(case for case in LIVE if only in f"live {case.name}"):
-            ended = live(case, Path(folder) / str(number))
+            size = case.migrations // parts
+            ended = live(case._replace(migrations=size, first=part * size), Path(folder) / str(number))
             counted = (
                 max(ended.candidates),
                 ended.requests,
@@ -143,9 +145,11 @@ def by_simulation(only: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trials through a gateway and by simulation.")
     parser.add_argument("--only", default="", help="words of a case's name, after `live` or `simulated`")
-    only = parser.parse_args().only
+    parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the migrations")
+    given = parser.parse_args()
+    only, (part, parts) = given.only, (int(number) for number in given.part.split("/"))
     print("Through a real gateway and store (“at most”: tasks of the candidate until the end):\n")
-    through_the_gateway(only)
+    through_the_gateway(only, part - 1, parts)
     print("By simulation, on the default course:\n")
     by_simulation(only)
     print()

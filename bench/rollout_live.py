@@ -75,6 +75,12 @@ class Case(NamedTuple):
     """`[rollout]` as TOML; empty: the defaults, without replay and shadow."""
     wave: int
     """Tasks an alias is sent between two looks."""
+    first: int = 0
+    """Number of the first alias: a part of a case draws what it would draw in the whole."""
+
+    @property
+    def numbers(self) -> range:
+        return range(self.first, self.first + self.migrations)
 
 
 class Ended(NamedTuple):
@@ -300,7 +306,7 @@ def migrate_all(case: Case, folder: Path, told: Callable[[str], None]) -> Ended:
     begun, cpu = time.monotonic(), _cpu()
     with models(case.old, case.new) as behind:
         trials = "".join(OWN.format(n=n, port=behind) for n in range(min(case.migrations, MOST_OWN)))
-        trials += "".join(ALIAS.format(n=n) for n in range(case.migrations))
+        trials += "".join(ALIAS.format(n=n) for n in case.numbers)
         course = f"{case.settings}\nreplay_tasks = 0\nshadow_tasks = 0\nsettle_s = {SETTLE_S}\n"
         # the controller reads [rollout]; the gateway's copy has none, so that it starts no controller itself
         plain = CONFIG.format(port=behind) + trials
@@ -308,10 +314,17 @@ def migrate_all(case: Case, folder: Path, told: Callable[[str], None]) -> Ended:
         config = configuration.parse(f"{plain}\n[rollout]\n{course}", "understudy.toml", folder)
         assert config.rollout is not None
         with open_store(config.store.url, folder) as store:
-            for n in range(case.migrations):
+            for n in case.numbers:
                 name = f"a{n}"
                 order, initial = Order("bench", "a migration"), config.aliases[name]
-                begin(store, name, f"own{n % MOST_OWN}/new", order, config.rollout, initial=initial)
+                begin(
+                    store,
+                    name,
+                    f"own{(n - case.first) % MOST_OWN}/new",
+                    order,
+                    config.rollout,
+                    initial=initial,
+                )
             with gateway(folder) as port:
                 world = World(case, config, store, port)
                 uvloop.run(world.run(told))
@@ -320,7 +333,7 @@ def migrate_all(case: Case, folder: Path, told: Callable[[str], None]) -> Ended:
 
 def _ended(world: World, wall_s: float, cpu_s: float) -> Ended:
     recorded, mixed = _recorded(world.store)
-    names = [f"a{n}" for n in range(world.case.migrations)]
+    names = [f"a{n}" for n in world.case.numbers]
     routes = world.store.routes()
     return Ended(
         stages=Counter(routes[name].stage for name in names),

@@ -205,8 +205,8 @@ async def test_a_trial_is_paused_resumed_and_ended_by_clicks(visit: Visit, store
         assert store.route("assistant").stage == stage  # type: ignore[union-attr]
     await visit.tab.get_by_label("Candidate").first.fill("local/student")
     await visit.tab.get_by_label("Because").first.fill("once more")
-    await visit.tab.keyboard.press("Enter")
-    await visit.tab.wait_for_url("**/rollouts?moved=assistant")
+    async with visit.tab.expect_navigation():
+        await visit.tab.keyboard.press("Enter")
     assert store.route("assistant").reason == "once more"  # type: ignore[union-attr]
     assert store.route("assistant").stage == "replay"  # type: ignore[union-attr]
     assert visit.complaints == []

@@ -113,6 +113,17 @@ async def test_an_own_model_is_shown(browse: Browse, tmp_path: Path) -> None:
     assert "<script" not in text
 
 
+async def test_an_own_model_stands_beside_the_incumbent_of_its_certificate(
+    browse: Browse, drill: Path
+) -> None:
+    (drill / "own").mkdir()
+    (drill / "own" / "report.json").write_bytes(msgspec.json.encode(REPORT))
+    text = (await (await browse()).get("/own")).text
+    assert "Beside the incumbent" in text
+    assert "openai/old (incumbent)" in text
+    assert "local/student" in text
+
+
 async def test_an_operator_moves_and_moves_back(browse: Browse) -> None:
     browser = await browse()
     first = await browser.get("/rollouts")

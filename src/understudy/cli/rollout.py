@@ -36,6 +36,9 @@ def rollout() -> None:
     """Move an alias to a candidate, or back."""
 
 
+BEHIND = 10
+"""How much less than a gateway beside it whoever watches over trials insists on the processor: copies and
+evidence can wait, clients cannot."""
 REASON = click.option("--reason", default="by hand", show_default=True, help="Kept in the history.")
 
 
@@ -183,6 +186,8 @@ def run(once: bool, every_s: float, config_path: Path, as_json: bool) -> None:
     from understudy.rollout.controller import Controller, watch_over
 
     config = configuration.load(config_path)
+    if not once:
+        os.nice(BEHIND)
     with _store(config) as store:
         controller = Controller(store, config, _means_of(config))
         if not once:

@@ -15,8 +15,8 @@ from markupsafe import Markup, escape
 
 from understudy.dashboard.formats import short
 
-WIDTH, HEIGHT = 480, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 40, 42
+WIDTH, HEIGHT = 480, 236
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 44, 46
 _INNER_W, _INNER_H = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 _EMPTY = '<text class="tick" x="{x}" y="{y}" text-anchor="middle">nothing yet</text>'
 
@@ -142,7 +142,7 @@ def _y_axis(ticks: Sequence[float], y: _scale, names: Sequence[str]) -> list[str
 
 def _tick_below(x: float, label: str) -> str:
     anchor = "end" if x > WIDTH - RIGHT - 12 else "middle"  # within the picture also at its edge
-    where = f'x="{min(x, WIDTH - RIGHT + 8):.1f}" y="{HEIGHT - BOTTOM + 16}"'
+    where = f'x="{min(x, WIDTH - RIGHT + 8):.1f}" y="{HEIGHT - BOTTOM + 19}"'
     return f'<text class="tick" {where} text-anchor="{anchor}">{escape(label)}</text>'
 
 
@@ -157,7 +157,7 @@ def _figure(
     return Markup(  # noqa: S704 - every text was escaped where it was put in
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<div class="legend">{"".join(legend)}</div>'
-        f'<svg viewBox="0 {TOP - 22} {WIDTH} {HEIGHT - TOP + 22}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 {TOP - 27} {WIDTH} {HEIGHT - TOP + 27}" role="img" aria-label="{escape(title)}">'
         f'<text class="unit" x="{LEFT}" y="{TOP - 10}">{escape(unit)}</text>{"".join(inner)}'
         f'<text class="unit" x="{x}" y="{y}" text-anchor="middle">{escape(x_label)}</text>'
         f"</svg>{table}</figure>"

@@ -80,6 +80,17 @@ def certificate_page(desk: Desk, name: str) -> str | None:
     return entry.path.with_name(PAGE).read_text(errors="replace")
 
 
+def read_in(folder: Path) -> Certificate | None:
+    """The certificate in a folder; None where there is none that can be read."""
+    path = folder / CERTIFICATE
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            return None
+        return msgspec.json.decode(path.read_bytes(), type=Certificate)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 def _found(desk: Desk) -> Iterator[Path]:
     """Certificates; only these paths are ever opened, whatever an address asks for."""
     root = Path(desk.config.root)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import msgspec
 from markupsafe import Markup
 
-from understudy.dashboard import chart
+from understudy.dashboard import chart, evaluations
 from understudy.dashboard.chart import Line
 from understudy.dashboard.desk import Desk
+from understudy.evaluate.certificate import Model
 
 REPORT = "report.json"
 MOST_BYTES = 64 << 20
@@ -92,6 +93,8 @@ class Entry(NamedTuple):
     fault: str
     """Why it cannot be read; empty when it can."""
     charts: list[Markup]
+    rivals: list[Model]
+    """The models of the certificate beside it, the incumbent first: benchmarks, size and cost."""
 
 
 class Own(NamedTuple):
@@ -132,7 +135,14 @@ def _entry(desk: Desk, path: Path) -> Entry:
         fault = f"not a report of this version: {error}"
     root, folder = Path(desk.config.root).resolve(), path.resolve().parent
     shown = str(folder.relative_to(root)) if folder.is_relative_to(root) else folder.name
-    return Entry(shown, written, report, fault, _charts(report) if report else [])
+    charts = _charts(report) if report else []
+    return Entry(shown, written, report, fault, charts, _rivals(folder) if report else [])
+
+
+def _rivals(folder: Path) -> list[Model]:
+    """Who the student was measured beside, by the certificate in its folder or the one above."""
+    found = evaluations.read_in(folder) or evaluations.read_in(folder.parent)
+    return [found.incumbent, *(candidate.model for candidate in found.candidates)] if found else []
 
 
 def _charts(report: Report) -> list[Markup]:
