@@ -1,12 +1,15 @@
 """Endpoint: a real server on loopback; retries, streams and refusals as a user meets them."""
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Literal
 
 import pytest
 from aiohttp import web
 
-from understudy.endpoint import HttpEndpoint, ScriptedModel
-from understudy.errors import EndpointError
+from understudy.config import Endpoint as Settings
+from understudy.endpoint import HttpEndpoint, ScriptedModel, http_endpoint
+from understudy.errors import EndpointError, InputError
 
 REQUEST = {"messages": [{"role": "user", "content": "two words"}]}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -19,7 +22,7 @@ async def start() -> AsyncIterator[Start]:
 
     async def run(handler: Handler) -> str:
         app = web.Application()
-        app.router.add_post("/v1/chat/completions", handler)
+        app.router.add_post("/v1/{path:.*}", handler)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -101,3 +104,73 @@ async def test_the_scripted_model_answers_counts_and_fails_on_demand() -> None:
     with pytest.raises(EndpointError):
         await model.chat(REQUEST)
     assert (await model.complete({"prompt": "p"})).text == "P"
+
+
+ANTHROPIC = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-2026",
+    "content": [{"type": "text", "text": "two words"}],
+    "stop_reason": "end_turn",
+    "usage": {"input_tokens": 3, "cache_read_input_tokens": 4, "output_tokens": 2},
+}
+GEMINI = {
+    "candidates": [{"content": {"parts": [{"text": "two "}, {"text": "words"}]}, "finishReason": "STOP"}],
+    "usageMetadata": {"promptTokenCount": 7, "cachedContentTokenCount": 4, "candidatesTokenCount": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "path", "key"),
+    [
+        ("anthropic", ANTHROPIC, "/v1/messages", "x-api-key"),
+        ("gemini", GEMINI, "/v1/models/m:generateContent", "x-goog-api-key"),
+    ],
+)
+async def test_other_vendors_are_asked_in_their_own_form(
+    start: Start, kind: Literal["anthropic", "gemini"], body: dict[str, Any], path: str, key: str
+) -> None:
+    seen: list[web.Request] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        seen.append(request)
+        return web.json_response(body)
+
+    settings = Settings(kind=kind, base_url=await start(handler), default={"max_tokens": 50}, drop=["seed"])
+    async with http_endpoint(f"{kind}/m", settings, "m", api_key="secret") as endpoint:
+        answer = await endpoint.chat({**REQUEST, "seed": 1})
+        with pytest.raises(EndpointError, match="no completions route"):
+            await endpoint.complete({"prompt": "x"})
+        with pytest.raises(EndpointError, match=r"logit_bias.*\n.*\n.*drop") as caught:
+            await endpoint.chat({**REQUEST, "logit_bias": {"1": 1}})
+    assert caught.value.status == 400
+    assert (answer.text, answer.usage.prompt_tokens, answer.usage.cached_tokens) == ("two words", 7, 4)
+    assert (seen[0].path, seen[0].headers[key], len(seen)) == (path, "secret", 1)
+
+
+async def test_a_stream_of_another_vendor_is_assembled(start: Start) -> None:
+    events = [
+        {"type": "message_start", "message": {**ANTHROPIC, "content": []}},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "two words"}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 2}},
+        {"type": "message_stop"},
+    ]
+    pieces = [f"data: {json.dumps(event)}\n\n" for event in events]
+    raw = ["".join(pieces), "".join(pieces[:3])]
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=raw.pop(0), content_type="text/event-stream")
+
+    async with HttpEndpoint("c/m", await start(handler), "m", kind="anthropic") as endpoint:
+        asked = {**REQUEST, "stream": True, "max_tokens": 9}
+        assert (await endpoint.chat(asked)).text == "two words"
+        with pytest.raises(EndpointError, match="ended before"):
+            await endpoint.chat(asked)
+
+
+async def test_without_a_limit_anthropic_cannot_be_asked_at_all(start: Start) -> None:
+    async with HttpEndpoint("c/m", "http://127.0.0.1:9", "m", kind="anthropic") as endpoint:
+        with pytest.raises(InputError, match=r"default = \{ max_tokens = 4096 \}"):
+            await endpoint.chat(REQUEST)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from understudy.traffic.exports import export
 from understudy.traffic.record import Attempt, Call, Feedback, new_key
 from understudy.traffic.sample import Exchange, chats, exchanges, sample_hash, shapes, split
 from understudy.traffic.store import Store
@@ -132,3 +134,54 @@ def test_a_metadata_record_still_has_a_shape(store: Store, make_call: MakeCall) 
     store.insert([make_call(request=b"", response=b"", stream=True)], "s", 1)
     assert shapes(store)[0].features == {"stream"}
     assert msgspec.json.encode(shapes(store)[0].usage) == b'{"prompt_tokens":12,"completion_tokens":3}'
+
+
+def test_messages_and_responses_are_read_as_chats(store: Store, make_call: MakeCall) -> None:
+    tool = {"name": "look", "input_schema": {"type": "object"}}
+    asked = {"model": "assistant", "max_tokens": 9, "messages": [{"role": "user", "content": "Is it?"}]}
+    message = {
+        "id": "m1",
+        "model": "claude",
+        "content": [
+            {"type": "text", "text": "yes"},
+            {"type": "tool_use", "id": "t", "name": "look", "input": {}},
+        ],
+        "stop_reason": "tool_use",
+        "usage": {"input_tokens": 3, "output_tokens": 4},
+    }
+    part = {"type": "output_text", "text": "yes", "annotations": []}
+    response = {"id": "resp_1", "model": "gpt", "output": [{"type": "message", "content": [part]}]}
+    calls = [
+        make_call(
+            route="messages",
+            request=msgspec.json.encode(asked | {"tools": [tool]}),
+            response=msgspec.json.encode(message),
+            attempts=[
+                Attempt(target="c/m", status=200, billed="yes", started=0.0, ended=1.0, form="anthropic")
+            ],
+        ),
+        make_call(
+            route="responses",
+            request=msgspec.json.encode({"model": "assistant", "input": "Is it?"}),
+            response=msgspec.json.encode(response),
+        ),
+        make_call(prompt="Is it?"),
+        make_call(
+            route="messages", request=msgspec.json.encode(asked | {"tools": [{"type": "bash_20250124"}]})
+        ),
+    ]
+    store.insert(calls, "s", 1)
+    first, second, third = exchanges(store, "assistant")
+    assert (first.answer, second.answer, third.answer) == ("yes", "yes", "yes")
+    assert second.prompt_hash == third.prompt_hash != first.prompt_hash
+    assert chats([first])[0][-1]["tool_calls"][0]["function"]["name"] == "look"
+    shape = shapes(store, "assistant")[0]
+    assert ("tools" in shape.features, shape.max_tokens) == (True, 9)
+    stored = store.call(calls[0].key)
+    assert stored is not None
+    assert stored.call.attempts[0].form == "anthropic"
+    out = io.BytesIO()
+    export(store, out)
+    rows = [msgspec.json.decode(line) for line in out.getvalue().splitlines()]
+    assert [row["request"].get("messages", [{}])[0].get("content") for row in rows] == ["Is it?"] * 3 + [None]
+    assert rows[1]["response"]["choices"][0]["message"]["content"] == "yes"
