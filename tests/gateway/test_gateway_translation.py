@@ -656,6 +656,32 @@ async def test_an_answer_that_cannot_be_read_is_a_502(
     assert "cannot be read" in calls(tmp_path)[0].attempts[-1].error
 
 
+@pytest.mark.parametrize("kind", ["anthropic", "gemini"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"error":{"code":"x","message":null,"status":7,"details":[{"@type":"RetryInfo","retryDelay":"9s"}]}}',
+        b'{"type":"error","error":{"type":[],"message":{}}}',
+        b'{"candidates":[{"content":{"parts":[{"functionCall":{}}]}}],"usageMetadata":{"promptTokenCount":"x"}}',
+        b'{"type":"message_start","message":{"id":1,"model":2,"usage":{"input_tokens":[]}}}',
+        b'{"candidates":[{"content":{"parts":' + b"[" * 900 + b"]" * 900 + b"}}]}",
+        b'{"candidates":{"a":1}}',
+    ],
+)
+async def test_whatever_a_vendor_says_the_gateway_answers_and_goes_on(
+    tmp_path: Path, upstream: FaultyUpstream, kind: str, stream: bool, body: bytes
+) -> None:
+    odd = SSE_HEAD + chunk(b"data: " + body + b"\n\n") + b"0\r\n\r\n" if stream else http(200, body)
+    upstream.script = [sends(odd), sends(odd), HANDLERS[kind](0)]
+    async with running(config_of(tmp_path, (kind, upstream))) as gateway:
+        first = await ask(gateway.port, chat(stream=stream))
+        assert first.status in (429, 500, 502)
+        assert "error" in first.json
+        upstream.script = [HANDLERS[kind](0)]
+        assert (await ask(gateway.port, chat(stream=stream))).status == 200
+
+
 async def test_a_client_that_goes_takes_the_vendors_call_with_it(
     tmp_path: Path, upstream: FaultyUpstream
 ) -> None:

@@ -91,6 +91,15 @@ def test_a_missing_file_says_what_to_type(tmp_path: Path) -> None:
         config.load(tmp_path / "understudy.toml")
 
 
+def test_the_templates_other_vendors_need_but_their_marks_taken_away() -> None:
+    lines = template().splitlines()
+    begin, end = lines.index("# [endpoints.anthropic]"), lines.index("[redact]")
+    lines[begin:end] = [line.removeprefix("# ").removeprefix("#") for line in lines[begin:end]]
+    loaded = config.parse("\n".join(lines), "understudy.toml", Path())
+    assert [endpoint.kind for endpoint in loaded.endpoints.values()] == ["openai", "anthropic", "gemini"]
+    assert loaded.aliases["claude"].fallback == ["gemini/gemini-2.5-pro", "openai/gpt-4.1"]
+
+
 def test_the_template_is_valid_and_explains_every_field() -> None:
     loaded = config.parse(template(), "understudy.toml", Path())
     assert loaded.aliases["assistant"].model == "openai/gpt-4.1"

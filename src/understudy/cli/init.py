@@ -24,6 +24,24 @@ _EXAMPLES: dict[type[config.Section], tuple[str, dict[str, object]]] = {
     ),
     config.Alias: ("aliases.assistant", {"model": "openai/gpt-4.1"}),
 }
+_OTHERS = """
+# Anthropic's and Gemini's own APIs; applications go on speaking what they speak. Take the # away to use them:
+# [endpoints.anthropic]
+# kind = "anthropic"
+# base_url = "https://api.anthropic.com/v1"
+# api_key = "env:ANTHROPIC_API_KEY"
+# default = { max_tokens = 8192 }
+#
+# [endpoints.gemini]
+# kind = "gemini"
+# base_url = "https://generativelanguage.googleapis.com/v1beta"
+# api_key = "env:GEMINI_API_KEY"
+# drop = ["user"]
+#
+# [aliases.claude]
+# model = "anthropic/claude-sonnet-4-5"
+# fallback = ["gemini/gemini-2.5-pro", "openai/gpt-4.1"]
+"""
 _ORDER: tuple[tuple[str, type[config.Section]], ...] = (
     ("gateway", config.Gateway),
     ("store", config.Store),
@@ -61,7 +79,9 @@ def init(path: Path, force: bool, as_json: bool) -> None:
 def template() -> str:
     """The text of a fresh config: what must be set stands as a line, every default as a comment."""
     head = "# Understudy's config. Lines behind # show defaults.\n"
-    return head + "\n".join(_section_text(name, kind) for name, kind in _ORDER)
+    sections = [_section_text(name, kind) for name, kind in _ORDER]
+    place = next(n for n, (_, kind) in enumerate(_ORDER) if kind is config.Alias) + 1
+    return head + "\n".join([*sections[:place], _OTHERS, *sections[place:]])
 
 
 def _section_text(name: str, kind: type[config.Section]) -> str:

@@ -251,7 +251,8 @@ def answer(message: Json, created: int) -> Json:
         _add_block(said, block)
     head = {"id": message["id"], "created": created, "model": message["model"]}
     choice = {"index": 0, "message": said, "finish_reason": finish(message.get("stop_reason"))}
-    return chat.completion(head, [choice], counts(message.get("usage") or {}).usage())
+    usage = cast(Json, message.get("usage") or {})
+    return chat.completion(head, [choice], counts(usage).usage() if usage else None)
 
 
 def _add_block(said: Json, block: Json) -> None:
@@ -390,7 +391,8 @@ class Stream:
 
     def _stopped(self, event: Json) -> Iterator[Told]:
         self.done = self.complete = True
-        yield Told(chat.usage_chunk(self._head, counts(self._usage).usage()))
+        if self._usage:
+            yield Told(chat.usage_chunk(self._head, counts(self._usage).usage()))
 
     def _failed(self, event: Json) -> Iterator[Told]:
         told = event["error"]

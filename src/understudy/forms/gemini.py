@@ -298,7 +298,8 @@ def answer(body: Json, created: int) -> Json:
     choices = [_choice(number, candidate, str(head["id"])) for number, candidate in enumerate(candidates)]
     if not choices:
         choices = [_blocked(body)]
-    return chat.completion(head, choices, counts(body.get("usageMetadata") or {}).usage())
+    usage = cast(Json, body.get("usageMetadata") or {})
+    return chat.completion(head, choices, counts(usage).usage() if usage else None)
 
 
 def _choice(number: int, candidate: Json, answer_id: str) -> Json:
@@ -421,7 +422,7 @@ def _vendor_error(status: int, told: Json) -> VendorError:
         for detail in cast(list[Json], told.get("details") or [])
         if str(detail.get("@type")).endswith("RetryInfo") and detail.get("retryDelay")
     ]
-    seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", delays[0]) if delays else None
+    seconds = re.fullmatch(r"(\d{1,6}(?:\.\d{1,9})?)s", delays[0]) if delays else None
     return VendorError(
         status,
         str(told.get("message") or ""),
@@ -460,7 +461,7 @@ class Stream:
 
     def close(self) -> Iterator[Told]:
         """The counts, which came with every piece and are complete with the last."""
-        if self.done:
+        if self.done and self._usage:
             yield Told(chat.usage_chunk(self._head, counts(self._usage).usage()))
 
     def _piece(self, body: Json) -> Iterator[Told]:

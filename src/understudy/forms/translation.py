@@ -24,6 +24,10 @@ ROUTES = frozenset({"chat.completions", "messages", "responses"})
 """Routes of applications that can be answered by translation."""
 
 
+_ODD = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What reading something that is not formed as documented may raise."""
+
+
 class VendorStream(Protocol):
     """Turns the data of a vendor's events into chunks."""
 
@@ -192,7 +196,7 @@ class Translation:
         completion = self.completion(raw)
         try:
             return self._caller.answer(completion, self._asked)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except _ODD as error:
             raise Unreadable(f"an answer that is not formed as documented: {error}") from error
 
     def completion(self, raw: bytes) -> Json:
@@ -201,7 +205,7 @@ class Translation:
         try:
             completion = self._vendor.answer(body, int(time.time()))
             self.spoken.take(completion)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except _ODD as error:
             raise Unreadable(f"an answer that is not formed as documented: {error}") from error
         return completion
 
@@ -220,7 +224,7 @@ class Translation:
         """What an error's body says."""
         try:
             return self._vendor.error(status, raw)
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except _ODD:
             return VendorError(status, raw[:500].decode(errors="replace"))
 
     def error_body(self, told: VendorError) -> bytes:
@@ -285,7 +289,9 @@ class Streamed:
                 continue
             try:
                 out += map(self._told, self._vendor.feed(data))
-            except (AttributeError, KeyError, TypeError) as error:
+            except Unreadable:
+                raise
+            except _ODD as error:
                 raise Unreadable(f"a piece that is not formed as documented: {error!r}") from error
             if self._vendor.complete and not self.ended:
                 self.ended = True
@@ -294,7 +300,9 @@ class Streamed:
 
     def _told(self, told: Told) -> bytes:
         if told.error is not None:
-            self.failed, self.ended = told.error, True
+            status = told.error.status
+            self.failed = told.error if 400 <= status <= 599 else told.error._replace(status=502)
+            self.ended = True
             return self._writer.error(told.error) if self.begun else b""
         chunk = cast(dict[str, Any], told.chunk)
         self.begun = True
