@@ -198,11 +198,10 @@ def test_the_teachers_memory_gives_what_it_was_given(make, documents):
     for _ in range(2):
         for keys in ([0, 1], [1, 2], [2, 0]):
             part = [rows[k] for k in keys]
-            torch.testing.assert_close(
-                remembering.hidden(keys, part), fresh.hidden(keys, part), rtol=2e-2, atol=2e-2
-            )
+            one, two = (teacher.signal(keys, part).hidden for teacher in (remembering, fresh))
+            torch.testing.assert_close(one, two, rtol=2e-2, atol=2e-2)
     counted = sum(row.targets for row in rows[:3])
-    assert len(remembering.hidden([0, 1, 2], rows[:3])) == counted
+    assert len(remembering.signal([0, 1, 2], rows[:3]).hidden) == counted
 
 
 def test_forget_removes_only_its_own_files(pair, corpus, tmp_path: Path):

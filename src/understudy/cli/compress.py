@@ -1,4 +1,4 @@
-"""Commands `prune`, `distil`, `own` and `fidelity`."""
+"""Commands `prune`, `capture`, `distil`, `own` and `fidelity`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from understudy.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from understudy.compress.answers import Sampled, Wanted
+    from understudy.compress.capture import Captured
     from understudy.compress.corpus import Chat, Document
     from understudy.compress.importance import Score
     from understudy.compress.progress import Progress
     from understudy.config import Config, Own
+    from understudy.traffic.sample import Exchange, Split
 
 F = TypeVar("F", bound=Callable[..., Any])
 SCORES = ("output", "magnitude", "wanda-sp", "minitron", "flap", "taylor")
@@ -122,43 +125,131 @@ def prune(
 
 @click.command()
 @click.argument("teacher")
+@click.option("--out", type=OUT, required=True, help="Folder of the targets.")
+@click.option(
+    "--student",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Checkpoint whose tokens they are told in; needed where TEACHER's are others.",
+)
+@click.option(
+    "--part", default="1/1", show_default=True, help="NUMBER/OF: this machine's share of the shards."
+)
+@click.option("--yes", is_flag=True, help="Ask an endpoint without showing the cost first.")
+@_text_options
+@json_option
+def capture(
+    teacher: str,
+    out: Path,
+    student: Path | None,
+    part: str,
+    yes: bool,
+    data: str,
+    alias: str | None,
+    config_path: Path,
+    as_json: bool,
+) -> None:
+    """Write down what TEACHER says of every text once, for any number of `distil --targets`.
+
+    TEACHER is a model, or ENDPOINT/MODEL of the config that tells log-probabilities: then it answers the
+    prompts anew. Run again to go on; several machines share the work with --part.
+    """
+    from understudy.compress.capture import part_of
+    from understudy.compress.healing import CaptureJob, capture_only
+
+    if _is_endpoint(teacher, config_path):
+        done = _capture_hosted(teacher, out, student, yes, data, alias, config_path)
+    else:
+        texts = _texts(data, alias, config_path)
+        with _bars() as progress:
+            job = CaptureJob(teacher, out, texts, _vocabulary, student, part_of(part))
+            done = capture_only(job, progress)
+    if as_json:
+        print_json(done)
+    else:
+        each = done.bytes / max(done.tokens, 1)
+        click.echo(
+            f"{done.tokens:,} tokens in {done.made} new and {done.kept} old shards, "
+            f"{each:.0f} bytes a token → {out}"
+        )
+
+
+@click.command()
+@click.argument("teacher")
 @click.argument("student", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.option("--out", type=OUT, required=True, help="Folder of the healed checkpoint.")
+@click.option("--out", type=OUT, required=True, help="Folder of the healed checkpoint; its plot is OUT.svg.")
 @click.option("--tokens", default=200_000, show_default=True, help="Tokens of training.")
 @click.option("--minutes", default=0.0, help="Stop after so many minutes (0: no limit).")
-@click.option("--learning-rate", default=1e-4, show_default=True, help="Peak learning rate.")
+@click.option("--learning-rate", default=3e-5, show_default=True, help="Peak learning rate.")
 @click.option("--held-out", default=0.1, show_default=True, help="Share of texts only measured on.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--targets", type=OUT, default=None, help="Folder of `capture`: no teacher is loaded.")
+@click.option("--generate", default=None, help="ENDPOINT/MODEL that answers the prompts anew first.")
+@click.option("--samples", default=1, show_default=True, help="Answers to each prompt, with --generate.")
+@click.option("--yes", is_flag=True, help="Don't ask whether the cost of --generate is all right.")
+@click.option("--generic", type=FILE, default=None, help="Texts of nobody's traffic, mixed in.")
+@click.option("--generic-share", default=0.25, show_default=True, help="Their share of every step.")
+@click.option(
+    "--divergence",
+    type=click.Choice(["forward", "reverse", "jensen-shannon", "skew"]),
+    default="forward",
+    show_default=True,
+)
+@click.option("--temperature", default=1.0, show_default=True)
+@click.option("--match", default=0.0, show_default=True, help="Weight of hidden-state matching.")
+@click.option(
+    "--on-policy", default=0.0, show_default=True, help="Share of the run on the student's answers."
+)
+@click.option("--lora", default=0, show_default=True, help="Train corrections of this rank only.")
+@click.option("--states", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--resume", is_flag=True, help="Refuse to begin: only go on.")
 @_text_options
 @json_option
 def distil(
     teacher: str,
     student: Path,
     out: Path,
-    tokens: int,
-    minutes: float,
-    learning_rate: float,
     held_out: float,
-    seed: int,
+    targets: Path | None,
+    generate: str | None,
+    samples: int,
+    yes: bool,
+    generic: Path | None,
+    generic_share: float,
+    resume: bool,
     data: str,
     alias: str | None,
     config_path: Path,
     as_json: bool,
+    **recipe: Any,
 ) -> None:
-    """Heal the pruned STUDENT by distillation from its TEACHER; run again after Ctrl-C to go on."""
-    from understudy.compress import distill, single
+    """Heal the pruned STUDENT by distillation from its TEACHER; run again after Ctrl-C to go on.
 
-    settings = distill.Settings(tokens=tokens, minutes=minutes, learning_rate=learning_rate, seed=seed)
+    TEACHER is a model, or the word `recorded`: then only the answers in the texts are known, those of traffic
+    without failures and near-duplicates. Under torchrun the same command uses every process.
+    """
+    from understudy.compress import distill, healing
+
+    texts = _texts(data, alias, config_path)
+    if generate is not None:
+        texts = _generated(generate, samples, out, yes, data, alias, config_path)
+    elif targets is not None and data == "traffic" and (targets / ANSWERED).exists():
+        texts = _texts(str(targets / ANSWERED), None, config_path)
+    elif teacher == healing.RECORDED and data == "traffic":
+        texts = _harvested(alias, config_path)
+    settings = distill.Settings(**recipe, generic=generic_share if generic else 0.0)
+    mixed = (lambda tokenizer: _read(generic, tokenizer)) if generic else None
     with _bars() as progress:
-        job = single.HealJob(teacher, student, out, settings, held_out, _texts(data, alias, config_path))
-        curve = single.heal_only(job, progress)
+        job = healing.HealJob(
+            teacher, student, out, settings, held_out, texts, mixed, targets=targets, resume=resume
+        )
+        curve = healing.heal_only(job, progress)
     if as_json:
         print_json(curve)
-    else:
-        first, best = curve.checks[0], min(c.kl for c in curve.checks)
-        click.echo(
-            f"held-out KL {first.kl:.4f} → {best:.4f} after {curve.points[-1].tokens:,} tokens → {out}"
-        )
+        return
+    for note in curve.notes:
+        click.echo(note)
+    first, best = curve.checks[0], min(c.kl for c in curve.checks)
+    click.echo(f"held-out KL {first.kl:.4f} → {best:.4f} after {curve.points[-1].tokens:,} tokens → {out}")
 
 
 @click.command()
@@ -219,6 +310,147 @@ def fidelity(teacher: str, student: str, text: Path, tokens: int, as_json: bool)
     print_json(found) if as_json else click.echo(str(found))
 
 
+ANSWERED = "answered.jsonl"
+"""Beside a hosted teacher's targets: the chats they are of."""
+
+
+def _is_endpoint(name: str, config_path: Path) -> bool:
+    endpoint, slash, _ = name.partition("/")
+    return bool(slash) and not Path(name).exists() and endpoint in _config(config_path).endpoints
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
+    """The bytes of every token, control tokens' names left empty."""
+    from understudy.serve.token_bytes import piece
+
+    added = cast(Any, tokenizer).added_tokens_decoder
+    return [b"" if token in added else piece(tokenizer, token, added) for token in range(len(tokenizer))]
+
+
+def _requests(data: str, alias: str | None, config: Config) -> list[dict[str, Any]]:
+    """What to ask a teacher: the training side's prompts, as they were recorded."""
+    from understudy.compress.answers import request_of
+
+    if data != "traffic":
+        return [request_of(chat) for chat in _chats_of(_existing(data))]
+    return [request_of((), exchange.request) for exchange in _train_exchanges(alias, config)]
+
+
+def _sampled(
+    target: str,
+    samples: int,
+    cache: Path,
+    yes: bool,
+    data: str,
+    alias: str | None,
+    config_path: Path,
+    *,
+    logprobs: bool = False,
+) -> tuple[list[Wanted], list[Sampled]]:
+    """Answers of an endpoint, its cost said (and, on a terminal, agreed to) before anything is asked."""
+    import asyncio
+
+    from understudy.compress import answers
+    from understudy.evaluate import trial
+
+    config = _config(config_path)
+    asked = answers.wanted(target, _requests(data, alias, config), samples, logprobs=logprobs)
+    cost = answers.estimate(asked, cache, trial.price_of(config, target))
+    click.echo(str(cost), err=True)
+    if cost.answers > cost.cached and not yes:
+        click.confirm("ask for them?", abort=True, err=True)
+
+    async def ask(progress: Progress) -> list[Sampled]:
+        async with trial.connect(config, target) as endpoint:
+            paced = trial.paced(endpoint, config.evaluate)
+            most = config.evaluate.concurrency
+            return await answers.sample(paced, asked, cache, concurrency=most, progress=progress)
+
+    with _bars() as progress:
+        return asked, asyncio.run(ask(progress))
+
+
+def _generated(
+    target: str, samples: int, out: Path, yes: bool, data: str, alias: str | None, config_path: Path
+) -> Callable[[PreTrainedTokenizerBase], list[Document]]:
+    from understudy.compress import answers
+
+    cache = out.with_name(out.name + ".answers.jsonl")
+    chats = answers.chats_of(*_sampled(target, samples, cache, yes, data, alias, config_path))
+    return lambda tokenizer: _encoded(tokenizer, chats)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> list[Document]:
+    from understudy.compress.corpus import encode_chat
+
+    return [encode_chat(tokenizer, chat) for chat in chats]
+
+
+def _capture_hosted(
+    target: str, out: Path, student: Path | None, yes: bool, data: str, alias: str | None, config_path: Path
+) -> Captured:
+    from understudy.compress import answers, checkpoint, healing
+
+    if student is None:
+        raise InputError(f"{target} has no tokens of its own here", expected="--student CHECKPOINT")
+    cache = out.with_name(out.name + ".answers.jsonl")
+    asked, found = _sampled(target, 1, cache, yes, data, alias, config_path, logprobs=True)
+    told = [one for one in found if one.logprobs and answers.chats_of(asked, [one])]
+    if not told:
+        raise InputError(
+            f"{target} told no log-probabilities",
+            expected="a model that honours `logprobs`",
+            next_step=f"understudy distil recorded {student} --generate {target}: its texts alone",
+        )
+    own, chats = checkpoint.load(student), answers.chats_of(asked, told)
+    documents = _encoded(own.tokenizer, chats)
+    hosted = answers.Hosted(documents, told, _vocabulary(own.tokenizer))
+    done = healing.capture_hosted(
+        target,
+        own.tokenizer,
+        len(own.model.get_input_embeddings().weight),
+        documents,
+        hosted.told,
+        out,
+        answers.LIKELIEST + 1,
+    )
+    lines = [json.dumps({"messages": chat}) for chat in chats]
+    (out / ANSWERED).write_text("\n".join(lines) + "\n")
+    return done
+
+
+def _harvested(alias: str | None, config_path: Path) -> Callable[[PreTrainedTokenizerBase], list[Document]]:
+    """Recorded answers that are worth learning, and a line on what was left out."""
+    from understudy.compress.harvest import Answered, harvest
+    from understudy.traffic import sample
+
+    config = _config(config_path)
+    right = config.own.answers == "right"
+    scored = [
+        Answered(chat, 1.0 if right and exchange.expected is not None else _score(exchange))
+        for exchange in _train_exchanges(alias, config)
+        for chat in sample.chats([exchange], right=right)
+    ]
+    found = harvest(scored)
+    click.echo(str(found), err=True)
+    return lambda tokenizer: _encoded(tokenizer, found.chats)
+
+
+def _score(exchange: Exchange) -> float | None:
+    """How good a recorded answer was: by its grader where the right one is known, else by feedback."""
+    from understudy.evaluate import grade
+
+    if exchange.expected is not None:
+        standard = grade.standard(exchange)
+        return grade.grade(standard.grader, grade.reply_of(exchange.body), standard.expected)
+    return min(exchange.grades.values()) if exchange.grades else None
+
+
+def _train_exchanges(alias: str | None, config: Config) -> list[Exchange]:
+    """Recorded calls on the training side of the split."""
+    return _split_traffic(alias, config).train
+
+
 def _config(path: Path) -> Config:
     """The config; its defaults when nobody wrote one."""
     from understudy import config
@@ -269,6 +501,14 @@ def _chats(data: str, alias: str | None, config: Config) -> tuple[list[Chat], li
     if data != "traffic":
         return _split_file(_chats_of(_existing(data)), config.evaluate.held_out)
     from understudy.traffic import sample
+
+    parts = _split_traffic(alias, config)
+    right = config.own.answers == "right"
+    return sample.chats(parts.train, right=right), sample.chats(parts.held_out)
+
+
+def _split_traffic(alias: str | None, config: Config) -> Split:
+    from understudy.traffic import sample
     from understudy.traffic.store import open_store
 
     with open_store(config.store.url, Path(config.root)) as store:
@@ -279,8 +519,7 @@ def _chats(data: str, alias: str | None, config: Config) -> tuple[list[Chat], li
             expected="chats recorded by the gateway",
             next_step="understudy up, or --data FILE.jsonl",
         )
-    right = config.own.answers == "right"
-    return sample.chats(parts.train, right=right), sample.chats(parts.held_out)
+    return parts
 
 
 def _split_file(chats: list[Chat], held_out: float) -> tuple[list[Chat], list[Chat]]:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("catalog", "Which of your models are dying, when, and what hangs on them."),
     "plan": ("catalog", "What could take over, ranked on your own traffic."),
     "prune": ("compress", "Cut heads and feed-forward channels out of a model."),
+    "capture": ("compress", "Write down once what a teacher says, for any number of distillations."),
     "distil": ("compress", "Heal a pruned model by distillation from its teacher."),
     "own": ("compress", "Prune, distil, measure and export in one resumable run."),
     "fidelity": ("compress", "How far a student is from its teacher on a text."),

@@ -17,6 +17,7 @@ from understudy.compress.beginnings import bundles, distinct_tokens
 from understudy.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -88,6 +89,10 @@ class Batch(NamedTuple):
     """bool, (rows, 1, length, length): what each token sees; None where documents see only themselves."""
     media: tuple[Media | None, ...] = ()
     """Of each row."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return Batch(*(part if part is None else part.to(device) for part in self))  # pyright: ignore[reportArgumentType] -- only `sight` may be None
 
     def first(self, rows: int) -> Batch:
         """The first rows."""

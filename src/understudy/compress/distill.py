@@ -1,28 +1,30 @@
 """Heal a pruned student by distillation: schedule, steps, held-out checks, stopping and resuming.
 
-Two stages over the same packed rows: first KL on every real token (heal), then 0.9 KL + 0.1 cross-entropy on
-the assistant's tokens (adapt). Weights and optimiser stay in fp32. Everything a step does follows from the
-seed, the step's number and the saved state, so a resumed run repeats the uninterrupted one exactly; only a
-limit in minutes makes the clock part of the schedule. It ignores pruning and where texts come from.
+Stages over the same packed rows: first KL on every real token (heal), then 0.9 KL + 0.1 cross-entropy on the
+assistant's tokens (adapt), and last, if asked, reverse KL on answers the student samples itself (on policy).
+Everything a step does follows from the seed, the step's number and the saved state, so a resumed run repeats
+the uninterrupted one exactly; only a limit in minutes makes the clock part of the schedule. It ignores
+pruning, where texts come from, who the teacher is (signal) and how many processes there are (processes).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import signal
+import signal as signals
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import msgspec
 import torch
 from torch import Tensor
 
+from understudy.compress import lowrank, onpolicy, optimiser
+from understudy.compress import state as states
 from understudy.compress.corpus import (
     Batch,
     Document,
@@ -33,31 +35,32 @@ from understudy.compress.corpus import (
     shared_length,
     shuffled,
 )
+from understudy.compress.curve import Check, Curve, Point
 from understudy.compress.decoder import (
     head_weight,
     may_share,
     outside_weights,
+    shape_of,
     softcap_of,
     vocabulary_weights,
 )
 from understudy.compress.fidelity import final_hidden, side_of
-from understudy.compress.losses import (
-    Divergence,
-    Loss,
-    Options,
-    Rows,
-    Side,
-    distillation_loss,
-    kl_rows,
-    nll_rows,
-)
+from understudy.compress.losses import Divergence, Options, Rows, Side, distillation_loss, kl_rows, nll_rows
+from understudy.compress.matching import Matching, depths, states_behind
 from understudy.compress.precision import Precision, matmul_precision
+from understudy.compress.processes import Processes, is_sharded, processes
 from understudy.compress.progress import Progress, silent
-from understudy.compress.teacher import LiveTeacher
-from understudy.errors import ModelError
+from understudy.compress.signal import Dense, Signal
+from understudy.compress.teacher import LiveTeacher, Teacher
+from understudy.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Stage = Literal["heal", "adapt", "on-policy"]
+BEST = "best.safetensors"
+LEAST_CHUNK = 16
+"""Rows of logits below which a smaller chunk saves nothing worth having."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,14 +79,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens per optimiser step, padding included. Healing is short, so many small steps beat few large."""
     micro_tokens: int = 512
     """Tokens per forward pass; memory follows this."""
+    chunk: int = 256
+    """Rows whose logits exist at once; halved when memory runs out."""
     row_tokens: int = 0
     """Length of packed rows; 0 takes it from the documents."""
+    generic: float = 0.0
+    """Share of each step's rows taken from the corpus's generic texts."""
     adapt: float = 0.3
-    """Share of the run, at its end, spent on the assistant's tokens."""
+    """Share of the run spent on the assistant's tokens, at its end but for `on_policy`."""
     adapt_ce: float = 0.1
     """Share of cross-entropy in that stage."""
     adapt_rest: float = 0.1
     """Weight of all other tokens' KL in that stage, so that reading does not decay."""
+    on_policy: float = 0.0
+    """Share of the run, at its very end, spent on answers the student samples, by reverse KL."""
+    answer_tokens: int = 64
+    """Longest answer sampled there."""
+    match: float = 0.0
+    """Weight of hidden-state matching beside the divergence; 0: none."""
+    match_layers: int = 4
+    """Depths at which it matches."""
+    lora: int = 0
+    """Rank of low-rank corrections trained in place of the weights; 0: the weights are trained."""
+    states: optimiser.States = "fp32"
+    """Of AdamW: bf16 halves them."""
     train_vocabulary: bool = False
     """Train the embedding and the head too. They are the teacher's own, every row of the head has some
     gradient at every step, and Adam makes noise of full size out of it."""
@@ -100,68 +119,58 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     precision: Precision = "auto"
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """One optimiser step as it was."""
-
-    step: int
-    tokens: int
-    """Trained on so far."""
-    loss: float
-    kl: float
-    """Mean KL to the teacher over the tokens the step learnt from."""
-    learning_rate: float
-
-
-class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluation on held-out text."""
-
-    step: int
-    tokens: int
-    kl: float
-    """Per token, all tokens."""
-    answer_kl: float
-    """Per token, the assistant's."""
-    answer_nll: float
-    """−log of the student's probability of the answers' own tokens, per token."""
-    loss: float
-    """What the run is to bring down, in the weights of its last stage; the best check's weights are kept."""
-
-
-class Curve(msgspec.Struct, kw_only=True):
-    """The run so far; what is saved of it beside tensors."""
-
-    points: list[Point] = []
-    checks: list[Check] = []
-    seconds: float = 0.0
-    finished: bool = False
-    stopped: str = ""
-    """Why it ended: tokens | minutes | early."""
-
-
 class Corpus(NamedTuple):
     """What is trained on, and what is only measured on."""
 
     train: list[Document]
     held_out: list[Document]
+    generic: list[Document] = []
+    """Texts that are nobody's traffic, mixed in by `Settings.generic`."""
 
 
 def heal(
     student: PreTrainedModel,
-    teacher: LiveTeacher,
+    teacher: Teacher,
     corpus: Corpus,
     settings: Settings,
     state: Path,
     progress: Progress = silent,
+    peers: Processes | None = None,
 ) -> Curve:
     """Train ``student`` in place toward the teacher and leave it with its best held-out weights.
 
     ``state`` is a folder for resuming; a run found there is continued. Ctrl-C saves before it leaves.
-    Raises ModelError when nothing can be learnt from the corpus or the saved state is of another run.
+    Raises ModelError when nothing can be learnt from the corpus or the saved state is of another run, and
+    InputError for settings that this teacher cannot serve.
     """
-    run = _Run(student, teacher, corpus, settings, state, progress)
+    _require(teacher, settings, peers or processes())
+    run = _Run(student, teacher, corpus, settings, state, progress, peers or processes())
     with matmul_precision(settings.precision), _interrupt_between_steps() as interrupted:
         run.to_the_end(interrupted)
     return run.curve
+
+
+def _require(teacher: Teacher, settings: Settings, peers: Processes) -> None:
+    """Raises InputError for what only a live teacher, or only one process, can do."""
+    asked = {
+        f"divergence = {settings.divergence}": settings.divergence != "forward",
+        f"temperature = {settings.temperature:g}": settings.temperature != 1,
+        f"on_policy = {settings.on_policy:g}": settings.on_policy > 0,
+        f"match = {settings.match:g}": settings.match > 0,
+    }
+    for value, wanted in asked.items():
+        if wanted and not teacher.exact:
+            raise InputError(
+                f"{value} without the teacher's whole distributions",
+                expected="a live teacher of the student's own tokenizer",
+                next_step="name its weights, or leave this at its default",
+            )
+    if settings.on_policy and peers.size > 1:
+        raise InputError(
+            f"on_policy = {settings.on_policy:g} in {peers.size} processes",
+            expected="one process: sampling is not spread",
+            next_step="run the last stage by itself, without torchrun",
+        )
 
 
 @contextmanager
@@ -171,40 +180,72 @@ def _interrupt_between_steps() -> Generator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = signals.getsignal(signals.SIGINT)
 
     def ask(number: int, frame: FrameType | None) -> None:
         if interrupted.is_set():
-            signal.default_int_handler(number, frame)
+            signals.default_int_handler(number, frame)
         interrupted.set()
 
-    signal.signal(signal.SIGINT, ask)
+    signals.signal(signals.SIGINT, ask)
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        signals.signal(signals.SIGINT, before)
 
 
 class _Order:
-    """Which rows each step learns from: epochs shuffled by seed and number."""
+    """Which rows each step learns from: shuffled epochs, own and generic texts by their ratio."""
 
-    def __init__(self, rows: list[Row], per_step: int, seed: int) -> None:
-        self.rows, self.per_step, self.seed = rows, per_step, seed
-        self._epochs: dict[int, list[int]] = {}
+    def __init__(self, own: int, generic: int, per_step: int, settings: Settings) -> None:
+        share = settings.generic if generic and own else float(generic > 0)
+        first = round(per_step * (1 - share))
+        self._parts = [_Epochs(0, own, first, settings.seed)] if own else []
+        if generic:
+            self._parts.append(_Epochs(own, generic, per_step - first, settings.seed + 1))
 
     def step(self, number: int) -> list[int]:
-        """Indices of the rows of a step, counted from 0."""
-        first = number * self.per_step
-        return [self._at(i) for i in range(first, first + self.per_step)]
+        """Indices of the rows of a step, counted from 0; generic ones come behind the own."""
+        return [index for part in self._parts for index in part.step(number)]
+
+
+class _Epochs:
+    def __init__(self, first: int, rows: int, per_step: int, seed: int) -> None:
+        self.first, self.rows, self.per_step, self.seed = first, rows, per_step, seed
+        self._orders: dict[int, list[int]] = {}
+
+    def step(self, number: int) -> list[int]:
+        start = number * self.per_step
+        return [self.first + self._at(i) for i in range(start, start + self.per_step)]
 
     def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.rows))
-        if epoch not in self._epochs:
-            self._epochs = {
-                e: order for e, order in self._epochs.items() if e >= epoch - 1
-            }  # a step may straddle two
-            self._epochs[epoch] = shuffled(range(len(self.rows)), self.seed * 1_000_003 + epoch)
-        return self._epochs[epoch][place]
+        epoch, place = divmod(position, self.rows)
+        if epoch not in self._orders:
+            # a step may straddle two
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
+            self._orders[epoch] = shuffled(range(self.rows), self.seed * 1_000_003 + epoch)
+        return self._orders[epoch][place]
+
+
+class _Micro(NamedTuple):
+    """One forward pass's worth of a step, with what the teacher says of it."""
+
+    batch: Batch
+    signal: Signal
+    kl: Tensor
+    """Weights at the predicting positions."""
+    ce: Tensor
+
+
+class _Sums(NamedTuple):
+    """Of one step, over all processes."""
+
+    loss: float
+    kl: float
+    """Weighted sum of the divergence."""
+    weight: float
+    """Sum of its weights."""
+    tokens: float
 
 
 class _Run:
@@ -213,37 +254,63 @@ class _Run:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: LiveTeacher,
+        teacher: Teacher,
         corpus: Corpus,
         settings: Settings,
         state: Path,
         progress: Progress,
+        peers: Processes,
     ) -> None:
         self.student, self.teacher, self.settings = student, teacher, settings
-        self.state, self.progress = state, progress
-        length = settings.row_tokens or shared_length(corpus.train)
-        share = all(may_share(model, length) for model in (student, teacher.model))
-        self.rows = pack(corpus.train, length, share=share)
-        self.held_out = pack(corpus.held_out, length, share=share)
+        self.state, self.progress, self.peers = state, progress, peers
+        self._lay_out(corpus)
+        self.identity = "".join(map(fingerprint, corpus))
+        self._prepare(student)
+        self.optimiser = optimiser.adamw(
+            self.parameters, settings.learning_rate, settings.weight_decay, settings.states
+        )
+        self.curve = Curve(chunk=settings.chunk, micro=max(1, settings.micro_tokens // self.length))
+        self.started = time.monotonic()
+        self.speed = _Speed()
+
+    def _lay_out(self, corpus: Corpus) -> None:
+        """Pack everything into rows of one length."""
+        own, generic = corpus.train, corpus.generic if self.settings.generic else []
+        self.length = self.settings.row_tokens or shared_length([*own, *generic])
+        share = may_share(self.student, self.length) and self.teacher.may_share(self.length)
+        packed = [pack(part, self.length, share=share) for part in (own, generic)]
+        self.rows = [row for part in packed for row in part]
+        self.held_out = pack(corpus.held_out, self.length, share=share)
         if not self.rows:
             raise ModelError("nothing to learn from", expected="chats or texts of at least two tokens")
-        self.micro = max(1, settings.micro_tokens // length)
-        self.order = _Order(self.rows, max(1, settings.step_tokens // length), settings.seed)
-        self.identity = fingerprint(corpus.train) + fingerprint(corpus.held_out)
-        self.curve = Curve()
+        per_step = max(1, self.settings.step_tokens // self.length)
+        self.order = _Order(len(packed[0]), len(packed[1]), per_step, self.settings)
+        room = self.length - self.settings.answer_tokens
+        self.prompts = onpolicy.prompts_of(own, room) if self.settings.on_policy else []
+        if self.settings.on_policy and not self.prompts:
+            raise ModelError(
+                "no prompt to sample answers to", expected=f"chats that ask in fewer than {room} tokens"
+            )
+
+    def _prepare(self, student: PreTrainedModel) -> None:
+        """Say what is trained, add what only training needs, and spread it over the processes."""
+        settings = self.settings
         kept = [] if settings.train_vocabulary else vocabulary_weights(student)
         frozen = {id(p) for p in (*kept, *outside_weights(student))}
         for parameter in student.parameters():
             parameter.requires_grad_(id(parameter) not in frozen)
-        self.parameters = [p for p in student.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(
-            self.parameters,
-            lr=settings.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        self.started = time.monotonic()
+        if settings.lora:
+            lowrank.correct(student, settings.lora, settings.seed)
+        self.matching, self.depths = _matching(student, self.teacher, settings)
+        self.peers.shard(student)
+        if self.matching is not None:
+            self.matching.to(self.peers.device)
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.to(self.peers.device)
+        self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        extra = self.matching.named_parameters() if self.matching is not None else ()
+        self.learnt = self.trained | {f"matching.{n}": p for n, p in extra}
+        self.parameters = list(self.learnt.values())
 
     @property
     def tokens(self) -> int:
@@ -268,17 +335,21 @@ class _Run:
                 self._check()
                 self._stop_early()
                 self.save()
-            if interrupted.is_set() and not self.curve.finished:
+            asked = self.peers.summed([float(interrupted.is_set())])[0]
+            if asked and not self.curve.finished:
                 self.save()
                 raise KeyboardInterrupt
-        self._restore_best()
+        states.fill(self.trained, states.read_tensors(self.state / BEST))
+        if self.settings.lora:
+            lowrank.merge(self.student)
         self.student.requires_grad_(True)
 
     def share(self) -> float:
         """How much of the run is done, in [0, 1]: by tokens or by the clock, whichever is further."""
         share = self.tokens / self.settings.tokens
         if self.settings.minutes:
-            share = max(share, self._seconds() / (60 * self.settings.minutes))
+            spent = self.peers.agreed(self._seconds())
+            share = max(share, spent / (60 * self.settings.minutes))
         return min(share, 1.0)
 
     def _seconds(self) -> float:
@@ -296,85 +367,169 @@ class _Run:
         fall = (share - rise) / (1 - rise)
         return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * fall)))
 
+    def _stage(self, share: float) -> Stage:
+        if self.settings.on_policy and share >= 1 - self.settings.on_policy:
+            return "on-policy"
+        return "adapt" if share >= 1 - self.settings.on_policy - self.settings.adapt else "heal"
+
     def _step(self) -> None:
         share = self.share()
-        indices = self.order.step(self.step)
         rate = self._rate(share)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        adapting = share >= 1 - self.settings.adapt
-        loss, kl, learnt = self._accumulate(indices, adapting=adapting)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        sums = self._within_memory(self._stage(share))
+        optimiser.clip(self.parameters, self.settings.clip, self.peers)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        tokens = self.tokens + sum(self.rows[i].tokens for i in indices)
+        kl = sums.kl / max(sums.weight, 1.0)
+        tokens = self.tokens + round(sums.tokens)
         self.curve.points.append(
-            Point(step=self.step + 1, tokens=tokens, loss=loss, kl=kl / learnt, learning_rate=rate)
+            Point(step=self.step + 1, tokens=tokens, loss=sums.loss, kl=kl, learning_rate=rate)
         )
+        self.speed.add(sums.tokens)
         self.progress("heal", *self._place(), self._note())
 
     def _place(self) -> tuple[int, int]:
         return int(self.share() * self.settings.tokens), self.settings.tokens
 
     def _note(self) -> str:
-        check = f"held-out KL {self.curve.checks[-1].kl:.3f}" if self.curve.checks else ""
-        return f"KL {self.curve.points[-1].kl:.3f}, {check}"
+        checks = self.curve.checks
+        held_out = f"held out {checks[0].kl:.3f} → {checks[-1].kl:.3f}" if checks else ""
+        return " · ".join(
+            [f"KL {self.curve.points[-1].kl:.3f}", held_out, str(self.speed), *self.curve.notes[-1:]]
+        )
 
-    def _accumulate(self, indices: list[int], *, adapting: bool) -> tuple[float, float, float]:
-        """Loss, weighted KL sum and total KL weight of one step, its gradient left in the parameters."""
-        batches = [collate([self.rows[i] for i in part]) for part in self._micro(indices)]
-        weights = [self._weights(batch, adapting=adapting) for batch in batches]
-        normaliser = float(sum(kl.sum() + ce.sum() for kl, ce in weights))
-        loss, kl_sum = 0.0, 0.0
-        for part, batch, (kl, ce) in zip(self._micro(indices), batches, weights, strict=True):
-            states = self.teacher.hidden(part, [self.rows[i] for i in part])
-            result = self._loss(batch, Rows(states, batch.labels[batch.predicts], kl, ce), normaliser)
-            cast(Any, result.total).backward()
-            loss, kl_sum = loss + float(result.total.detach()), kl_sum + float(result.kl)
-        return loss, kl_sum, max(float(sum(kl.sum() for kl, _ in weights)), 1.0)
+    def _within_memory(self, stage: Stage) -> _Sums:
+        """A step's gradient, with smaller pieces if memory runs out; said, and kept for the next steps."""
+        while True:
+            try:
+                return self._accumulate(stage)
+            except (MemoryError, RuntimeError) as error:
+                if self.peers.size > 1 or not _out_of_memory(error):
+                    raise
+                self._shrink(error)
+            self.optimiser.zero_grad()
 
-    def _micro(self, indices: list[int]) -> Iterator[list[int]]:
-        for start in range(0, len(indices), self.micro):
-            yield indices[start : start + self.micro]
+    def _shrink(self, error: Exception) -> None:
+        """Half as many rows of logits at once, then half as many rows of text; ModelError at the end."""
+        curve = self.curve
+        if curve.chunk > LEAST_CHUNK:
+            curve.chunk //= 2
+            said = f"out of memory: logits of {curve.chunk} rows at once from step {self.step + 1} on"
+        elif curve.micro > 1:
+            curve.micro //= 2
+            said = f"out of memory: {curve.micro} rows of text at once from step {self.step + 1} on"
+        else:
+            raise ModelError(
+                f"out of memory with one row of {self.length} tokens at a time",
+                next_step="a shorter row_tokens, --lora, or --states bf16",
+            ) from error
+        curve.notes.append(said)
+        self.progress("heal", *self._place(), said)
 
-    def _weights(self, batch: Batch, *, adapting: bool) -> tuple[Tensor, Tensor]:
-        """Weights of KL and cross-entropy at the predicting positions."""
-        answers = batch.answers[batch.predicts].float()
-        if not adapting:
-            return torch.ones_like(answers), torch.zeros_like(answers)
+    def _accumulate(self, stage: Stage) -> _Sums:
+        """The sums of one step over all processes, its gradient left in the parameters."""
+        parts = list(self._sampled() if stage == "on-policy" else self._read(stage))
+        mine = [float(sum(p.kl.sum() + p.ce.sum() for p in parts)), float(sum(p.kl.sum() for p in parts))]
+        tokens = float(sum(int(p.batch.real.sum()) for p in parts if bool((p.kl + p.ce).any())))
+        normaliser, weight, tokens = self.peers.summed([*mine, tokens])
+        divergence: Divergence = "reverse" if stage == "on-policy" else self.settings.divergence
+        loss, kl = 0.0, 0.0
+        for part in parts:
+            got = self._learn(part, normaliser, divergence)
+            loss, kl = loss + got[0], kl + got[1]
+        self.peers.sum_gradients(p for p in self.parameters if not is_sharded(p))
+        loss, kl = self.peers.summed([loss, kl])
+        return _Sums(loss, kl, weight, tokens)
+
+    def _read(self, stage: Stage) -> Iterator[_Micro]:
+        """This process's share of a step's rows. Every process makes as many forward passes: with FSDP each
+        is a meeting; one that has no rows left reads some again at no weight."""
+        indices = self.order.step(self.step)
+        most = -(-len(indices) // self.peers.size)
+        mine = indices[self.peers.rank * most : (self.peers.rank + 1) * most]
+        idle = [indices[0]] * (most - len(mine))
+        for number, start in enumerate(range(0, most, self.curve.micro)):
+            part = [*mine, *idle][start : start + self.curve.micro]
+            weighed = max(0, min(len(mine) - number * self.curve.micro, len(part)))
+            yield self._micro(part, weighed, stage)
+
+    def _micro(self, indices: list[int], weighed: int, stage: Stage) -> _Micro:
+        rows = [self.rows[i] for i in indices]
+        batch = collate(rows).to(self.peers.device)
+        signal = self.teacher.signal(indices, rows)
+        kl, ce = self._weights(batch, signal, stage)
+        counted = sum(row.targets for row in rows[:weighed])
+        kl[counted:], ce[counted:] = 0, 0
+        return _Micro(batch, signal, kl, ce)
+
+    def _weights(self, batch: Batch, signal: Signal, stage: Stage) -> tuple[Tensor, Tensor]:
+        """Weights of KL and cross-entropy at predicting positions; no KL where the teacher said nothing."""
+        answers, known = batch.answers[batch.predicts].float(), signal.known.to(self.peers.device).float()
+        if stage == "heal":
+            return known, torch.zeros_like(answers)
+        if stage == "on-policy":
+            return answers * known, torch.zeros_like(answers)
         ce = self.settings.adapt_ce * answers
-        return (1 - self.settings.adapt_ce) * answers + self.settings.adapt_rest * (1 - answers), ce
+        kl = (1 - self.settings.adapt_ce) * answers + self.settings.adapt_rest * (1 - answers)
+        return kl * known, ce
 
-    def _loss(self, batch: Batch, rows: Rows, normaliser: float) -> Loss:
+    def _sampled(self) -> Iterator[_Micro]:
+        """Answers the student gives now, scored by the teacher."""
+        teacher = cast(LiveTeacher, self.teacher)
+        count = max(1, self.settings.step_tokens // self.length)
+        order = shuffled(range(len(self.prompts)), self.settings.seed * 1_000_003 + self.step)
+        prompts = [self.prompts[i] for i in order[: 2 * count]]
+        seed = self.settings.seed * 1_000_003 + self.step
+        rows = pack(onpolicy.sampled(self.student, prompts, self.settings.answer_tokens, seed), self.length)
+        for start in range(0, len(rows), self.curve.micro):
+            batch = collate(rows[start : start + self.curve.micro]).to(self.peers.device)
+            signal = teacher.unremembered(batch)
+            yield _Micro(batch, signal, *self._weights(batch, signal, "on-policy"))
+
+    def _learn(self, part: _Micro, normaliser: float, divergence: Divergence) -> tuple[float, float]:
+        """Loss and weighted KL of one part, its gradient added to the parameters'."""
+        final, layers = states_behind(self.student, part.batch, self.depths)
         options = Options(
-            divergence=self.settings.divergence,
+            divergence=divergence,
             temperature=self.settings.temperature,
             softcap=softcap_of(self.student),
+            chunk=self.curve.chunk,
         )
-        return distillation_loss(
-            final_hidden(self.student, batch),
-            head_weight(self.student),
-            rows,
-            self.teacher.head,
-            normaliser=normaliser,
-            options=options,
+        rows = Rows(part.signal, part.batch.labels[part.batch.predicts], part.kl, part.ce)
+        found = distillation_loss(
+            final, head_weight(self.student), rows, normaliser=normaliser, options=options
         )
+        total = found.total
+        if self.matching is not None:
+            wanted = cast(Dense, part.signal).layers
+            total = total + self.settings.match / max(normaliser, 1.0) * self.matching(
+                layers, wanted, part.kl
+            )
+        cast(Any, total).backward()
+        return float(total.detach()), float(found.kl)
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Held-out KL over all tokens and over the assistant's; the best weights are put aside."""
-        totals = torch.zeros(5, dtype=torch.float64)
-        for start in range(0, len(self.held_out), self.micro):
-            part = self.held_out[start : start + self.micro]
+        """Held-out KL over all tokens and over the assistant's; the best weights are put aside.
+
+        Every process reads all of it: it is short, and with FSDP each forward pass is a meeting.
+        """
+        totals = torch.zeros(6, dtype=torch.float64)
+        for start in range(0, len(self.held_out), self.curve.micro):
+            part = self.held_out[start : start + self.curve.micro]
             totals += self._held_out_sums(-1 - start, part)
         best = min((c.loss for c in self.curve.checks), default=math.inf)
         self.curve.checks.append(self._found(*totals.tolist()))
         if self.curve.checks[-1].loss < best or not self.held_out:
             self._keep_best()
+        self.speed.pause()
 
-    def _found(self, tokens: float, kl: float, answers: float, answer_kl: float, nll: float) -> Check:
-        """A check from its sums: numbers of tokens and of answer tokens, and what was summed over each."""
-        kl, answer_kl, nll = kl / max(tokens, 1), answer_kl / max(answers, 1), nll / max(answers, 1)
+    def _found(
+        self, tokens: float, kl: float, known: float, answer_kl: float, answers: float, nll: float
+    ) -> Check:
+        """A check from its sums: what was summed over, and how many tokens that were."""
+        kl, answer_kl, nll = kl / max(tokens, 1), answer_kl / max(known, 1), nll / max(answers, 1)
         loss, ce = kl, self.settings.adapt_ce
         if self.settings.adapt and answers:
             loss = (1 - ce) * answer_kl + ce * nll + self.settings.adapt_rest * kl
@@ -383,15 +538,18 @@ class _Run:
         )
 
     def _held_out_sums(self, key: int, part: Sequence[Row]) -> Tensor:
-        """Tokens, their KL, answer tokens, their KL, their −log probability: sums over held-out rows."""
-        batch = collate(part)
-        states = self.teacher.hidden([key - i for i in range(len(part))], part)
+        """Tokens known of and their KL, answer tokens known of and their KL, answer tokens and their −log
+        probability: sums over held-out rows."""
+        batch = collate(part).to(self.peers.device)
+        signal = self.teacher.signal([key - i for i in range(len(part))], part)
         own = side_of(self.student, final_hidden(self.student, batch))
-        kl = kl_rows(Side(states, self.teacher.head), own).double()
+        known = signal.known.to(own.hidden.device)
+        kl = kl_rows(signal, own).double().nan_to_num() * known
         answers = batch.answers[batch.predicts]
+        both = answers & known
         nll = nll_rows(Side(own.hidden[answers], own.head), batch.labels[batch.predicts][answers]).double()
-        sums = [float(kl.sum()), float(answers.sum()), float(kl[answers].sum()), float(nll.sum())]
-        return torch.tensor([float(len(kl)), *sums], dtype=torch.float64)
+        sums = (known.sum(), kl.sum(), both.sum(), kl[both].sum(), answers.sum(), nll.sum())
+        return torch.tensor([float(s) for s in sums], dtype=torch.float64)
 
     def _stop_early(self) -> None:
         best = min(range(len(self.curve.checks)), key=lambda i: self.curve.checks[i].loss)
@@ -399,30 +557,22 @@ class _Run:
             self.curve.finished, self.curve.stopped = True, "early"
 
     def _keep_best(self) -> None:
-        _write_tensors(self.state / "best.safetensors", _weights_of(self.student))
-
-    def _restore_best(self) -> None:
-        _read_weights(self.student, self.state / "best.safetensors")
+        states.write_tensors(self.state / BEST, self.trained, self.peers)
 
     def save(self) -> None:
         """State for resuming. The curve comes last, for it says that the tensors are there."""
+        name = f"step-{self.step}.safetensors"
         if not self.curve.finished:  # a finished run needs its best weights only
-            tensors = _weights_of(self.student) | self._optimiser_tensors()
-            _write_tensors(self.state / f"step-{self.step}.safetensors", tensors)
+            tensors = dict(self.learnt) | states.optimiser_tensors(self.optimiser, self.learnt)
+            states.write_tensors(self.state / name, tensors, self.peers)
         self._seconds()
+        if self.peers.rank:
+            return
         saved = _Saved(identity=self.identity, settings=self.settings, curve=self.curve)
-        _write(self.state / "state.json", msgspec.json.encode(saved))
+        states.write_bytes(self.state / "state.json", msgspec.json.encode(saved))
         for old in self.state.glob("step-*.safetensors"):
-            if old.name != f"step-{self.step}.safetensors":
+            if old.name != name:
                 old.unlink()
-
-    def _optimiser_tensors(self) -> dict[str, Tensor]:
-        names = {id(p): n for n, p in self.student.named_parameters()}
-        return {
-            f"optimiser.{part}.{names[id(p)]}": value
-            for p, kept in self.optimiser.state.items()
-            for part, value in cast(dict[str, Tensor], kept).items()
-        }
 
     def _resume(self) -> None:
         path = self.state / "state.json"
@@ -437,15 +587,56 @@ class _Run:
         self.curve = saved.curve
         self.started = time.monotonic()
         if not self.curve.finished:
-            self._load(self.state / f"step-{self.step}.safetensors")
+            tensors = states.read_tensors(self.state / f"step-{self.step}.safetensors")
+            states.fill(self.learnt, tensors)
+            states.fill_optimiser(self.optimiser, self.learnt, tensors)
 
-    def _load(self, path: Path) -> None:
-        tensors = _read_weights(self.student, path)
-        for name, parameter in self.student.named_parameters():
-            prefix = {part: f"optimiser.{part}.{name}" for part in ("step", "exp_avg", "exp_avg_sq")}
-            if prefix["step"] in tensors:
-                kept = {part: tensors[key] for part, key in prefix.items()}
-                cast(Any, self.optimiser.state)[parameter] = kept
+
+def _matching(
+    student: PreTrainedModel, teacher: Teacher, settings: Settings
+) -> tuple[Matching | None, list[int]]:
+    """The projections and the student's depths; the teacher is told which of its own to keep."""
+    if not settings.match:
+        return None, []
+    live = cast(LiveTeacher, teacher)
+    own, wanted = shape_of(student), shape_of(live.model)
+    live.layers = tuple(depths(wanted.layers, settings.match_layers))
+    found = depths(own.layers, len(live.layers))
+    return Matching(len(found), own.hidden, wanted.hidden), found
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch has a class of its own for accelerators only."""
+    said = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said
+
+
+class _Speed:
+    """Tokens per second of training, pauses for checks left out."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds, self.since = 0.0, 0.0, time.monotonic()
+
+    def add(self, tokens: float) -> None:
+        now = time.monotonic()
+        self.tokens, self.seconds, self.since = self.tokens + tokens, self.seconds + now - self.since, now
+
+    def pause(self) -> None:
+        self.since = time.monotonic()
+
+    def __str__(self) -> str:
+        return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+
+
+def put_best(student: PreTrainedModel, settings: Settings, state: Path) -> None:
+    """Give a student that was not trained here, as it was before, the best weights of a run."""
+    if settings.lora:
+        lowrank.correct(student, settings.lora, settings.seed)
+    best = states.read_tensors(state / BEST)
+    states.fill({n: p for n, p in student.named_parameters() if n in best}, best)
+    if settings.lora:
+        lowrank.merge(student)
+    student.requires_grad_(True)
 
 
 def forget(state: Path) -> None:
@@ -463,44 +654,3 @@ class _Saved(msgspec.Struct, kw_only=True):
     identity: str
     settings: Settings
     curve: Curve
-
-
-def _weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights by name, a tied one once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
-
-@torch.no_grad()
-def _read_weights(model: PreTrainedModel, path: Path) -> dict[str, Tensor]:
-    """Put saved weights into the model; returns all tensors of the file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot read {path}: {error}", next_step=f"remove {path.parent}") from error
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
-    return tensors
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file, whole or not at all. Raises ModelError when the disk is full."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise ModelError(f"cannot write {path}: {error}", next_step="free disk space") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

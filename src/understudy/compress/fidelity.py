@@ -16,9 +16,10 @@ from torch import Tensor
 
 from understudy.compress.corpus import Batch
 from understudy.compress.decoder import head_weight, softcap_of, states_of
-from understudy.compress.losses import Head, Side, logit_blocks
+from understudy.compress.losses import Side, logit_blocks
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.progress import Progress, silent
+from understudy.compress.signal import Head
 from understudy.errors import ModelError
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ loss = Σ_i [ kl_i·T²·KL(p_i‖q_i) + ce_i·(−log q_i(label_i)) ] / normali
 
 over the rows whose weights are not both zero. Logits exist for one chunk of rows at a time and are turned
 into gradients of the hidden state and the head at once, so the memory is two chunks of logits and one head,
-whatever the batch. It ignores where rows come from (corpus) and who the teacher is (teacher).
+whatever the batch; of a sparse signal it is one. It ignores where rows come from (corpus) and who the
+teacher is (signal).
 
 Source: the chunked gradient-in-forward scheme is Liger Kernel's (arXiv 2410.10989 §3.3); KL at a temperature
 with T² is arXiv 1503.02531 §2; skew KL arXiv 2402.03898 §3; Jensen–Shannon arXiv 2306.13649 §3.
@@ -19,6 +20,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from understudy.compress.signal import Dense, Head, Signal, Sparse
+
 Divergence = Literal["forward", "reverse", "jensen-shannon", "skew"]
 BLOCK = 16
 """Rows worked on at once between matrix products: a few MiB, so that they stay in the cache."""
@@ -29,21 +32,14 @@ SKEW = 0.1
 class Rows(NamedTuple):
     """What is learnt at each position; all first dimensions are equal."""
 
-    teacher: Tensor
-    """Teacher's final hidden states, (rows, teacher width)."""
+    signal: Signal
+    """What the teacher says there."""
     labels: Tensor
     """The next token, int64 (rows,)."""
     kl: Tensor
     """Weight of the divergence from the teacher, (rows,)."""
     ce: Tensor
     """Weight of cross-entropy with the label, (rows,)."""
-
-
-class Head(NamedTuple):
-    """An output matrix (vocab, width), and c of its logit soft-cap (0: none)."""
-
-    weight: Tensor
-    softcap: float = 0.0
 
 
 class Side(NamedTuple):
@@ -79,7 +75,6 @@ def distillation_loss(
     hidden: Tensor,
     head: Tensor,
     rows: Rows,
-    teacher: Head,
     *,
     normaliser: float,
     options: Options = Options(),  # noqa: B008 -- an immutable tuple
@@ -88,22 +83,28 @@ def distillation_loss(
 
     ``normaliser`` is the number of valid tokens of the *whole* step, over all micro-batches and processes, so
     accumulation changes nothing. No valid row gives 0 with zero gradients. A vocabulary padded further than
-    the other is cut to the shorter one.
+    the other is cut to the shorter one. A `Sparse` signal has only forward KL at temperature 1.
     """
+    if isinstance(rows.signal, Sparse) and (options.divergence, options.temperature) != ("forward", 1.0):
+        raise ValueError("a sparse signal gives forward KL at temperature 1 only")
     valid = (rows.kl != 0) | (rows.ce != 0)
-    compact = Rows(*(part[valid] for part in rows))
-    total, kl, ce = cast(Any, _ChunkedLoss).apply(
-        hidden[valid], head, *compact, teacher, max(normaliser, 1.0), options
-    )
-    return Loss(total, kl, ce)
+    compact = Rows(rows.signal.at(valid), rows.labels[valid], rows.kl[valid], rows.ce[valid])
+    found = cast(Any, _ChunkedLoss).apply(hidden[valid], head, compact, max(normaliser, 1.0), options)
+    return Loss(*found)
 
 
 @torch.no_grad()
-def kl_rows(teacher: Side, student: Side, chunk: int = 256) -> Tensor:
-    """KL(teacher‖student) of each row, (rows,), without gradients."""
+def kl_rows(teacher: Signal, student: Side, chunk: int = 256) -> Tensor:
+    """KL(teacher‖student) of each row, (rows,), without gradients; of a sample its unbiased estimate."""
     found: list[Tensor] = []
-    for _, (a, b) in logit_blocks((teacher, student), chunk):
-        found.append(_forward_kl(_normalise(a), _normalise(b))[0])
+    if isinstance(teacher, Dense):
+        for _, (a, b) in logit_blocks((Side(teacher.hidden, teacher.head), student), chunk):
+            found.append(_forward_kl(_normalise(a), _normalise(b))[0])
+    else:
+        teacher = _cut(teacher, len(student.head.weight))
+        cut = Side(student.hidden, Head(student.head.weight[: teacher.vocab], student.head.softcap))
+        for at, (logits,) in logit_blocks((cut,), chunk):
+            found.append(_sparse_kl(_part(teacher, at), _normalise(logits))[0])
     return torch.cat(found) if found else torch.zeros(0)
 
 
@@ -124,13 +125,13 @@ def logit_blocks(sides: Sequence[Side], chunk: int = 256) -> Iterator[tuple[slic
     vocab = min(len(side.head.weight) for side in sides)
     weights = [side.head.weight[:vocab] for side in sides]
     count = len(sides[0].hidden)
-    buffers = [torch.empty(min(chunk, count), vocab, dtype=w.dtype) for w in weights]
+    buffers = [torch.empty(min(chunk, count), vocab, dtype=w.dtype, device=w.device) for w in weights]
     for start in range(0, count, chunk):
         for side, weight, buffer in zip(sides, weights, buffers, strict=True):
             hidden = side.hidden[start : start + chunk].to(weight.dtype)
             torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
         size = min(chunk, count - start)
-        for block in _blocks(size):
+        for block in _blocks(size, buffers[0].device):
             views = [
                 _softcap_(buffer[block], side.head.softcap)
                 for side, buffer in zip(sides, buffers, strict=True)
@@ -138,9 +139,10 @@ def logit_blocks(sides: Sequence[Side], chunk: int = 256) -> Iterator[tuple[slic
             yield slice(start + block.start, start + block.stop), views
 
 
-def _blocks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, BLOCK):
-        yield slice(start, min(start + BLOCK, rows))
+def _blocks(rows: int, device: torch.device) -> Iterator[slice]:
+    size = BLOCK if device.type == "cpu" else max(rows, 1)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -148,37 +150,29 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        teacher: Tensor,
-        labels: Tensor,
-        kl: Tensor,
-        ce: Tensor,
-        teacher_head: Head,
-        normaliser: float,
-        options: Options,
+        ctx: Any, hidden: Tensor, head: Tensor, rows: Rows, normaliser: float, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        vocab = min(len(head), len(teacher_head.weight))
-        teacher_weight = teacher_head.weight[:vocab].to(head.dtype).T
-        wanted, given = (torch.empty(min(options.chunk, len(hidden)), vocab, dtype=head.dtype) for _ in "tw")
+        target = _target(rows.signal, head, min(options.chunk, len(hidden)))
+        used = head[: target.vocab]
+        given = torch.empty(
+            min(options.chunk, len(hidden)), target.vocab, dtype=head.dtype, device=head.device
+        )
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device=head.device)
         for start in range(0, len(hidden), options.chunk):
             at = slice(start, start + options.chunk)
             states, size = hidden[at], len(hidden[at])
-            torch.mm(teacher[at].to(head.dtype), teacher_weight, out=wanted[:size])
-            torch.mm(states, head[:vocab].T, out=given[:size])
-            for block in _blocks(size):
-                rows = slice(start + block.start, start + block.stop)
-                _softcap_(wanted[block], teacher_head.softcap)
-                weights = _Weights(labels[rows], kl[rows].to(head.dtype), ce[rows].to(head.dtype))
-                sums += _gradient_(wanted[block], given[block], weights, options)
+            target.prepare(at)
+            torch.mm(states, used.T, out=given[:size])
+            for block in _blocks(size, head.device):
+                part = slice(start + block.start, start + block.stop)
+                weights = _Weights(rows.labels[part], rows.kl[part].to(head), rows.ce[part].to(head))
+                sums += target.gradient_(part, block, given[block], weights, options)
             grad = given[:size].div_(normaliser)
-            torch.mm(grad, head[:vocab], out=grad_hidden[at])
+            torch.mm(grad, used, out=grad_hidden[at])
             if grad_head is not None:
-                grad_head[:vocab].addmm_(grad.T, states)
+                grad_head[: target.vocab].addmm_(grad.T, states)
         ctx.save_for_backward(grad_hidden, grad_head)
         total = (sums.sum() / normaliser).to(hidden.dtype)
         parts = sums[0].clone(), sums[1].clone()
@@ -192,8 +186,7 @@ class _ChunkedLoss(torch.autograd.Function):
         if scale.item() != 1:
             grad_hidden = grad_hidden * scale
             grad_head = grad_head * scale if grad_head is not None else None
-        nothing = (None,) * 7
-        return (grad_hidden, grad_head, *nothing)
+        return grad_hidden, grad_head, None, None, None
 
 
 class _Weights(NamedTuple):
@@ -204,30 +197,122 @@ class _Weights(NamedTuple):
     ce: Tensor
 
 
+class _DenseTarget:
+    """The teacher's logits of one chunk, made from its states."""
+
+    def __init__(self, signal: Dense, head: Tensor, chunk: int) -> None:
+        self.signal = signal
+        self.vocab = min(len(head), len(signal.head.weight))
+        self.weight = signal.head.weight[: self.vocab].to(head.dtype).T
+        self.wanted = torch.empty(chunk, self.vocab, dtype=head.dtype, device=head.device)
+
+    def prepare(self, at: slice) -> None:
+        states = self.signal.hidden[at].to(self.weight.dtype)
+        torch.mm(states, self.weight, out=self.wanted[: len(states)])
+
+    def gradient_(
+        self, part: slice, block: slice, given: Tensor, weights: _Weights, options: Options
+    ) -> Tensor:
+        """Replace the student's logits ``given`` by d loss / d (head product), not yet normalised.
+
+        Returns the weighted sums of divergence and cross-entropy, float64 (2,).
+        """
+        wanted = _softcap_(self.wanted[block], self.signal.head.softcap)
+        capped = _softcap_(given, options.softcap)
+        slope = 1 - (capped / options.softcap).square() if options.softcap else None
+        nll, plain = (
+            _cross_entropy(capped, weights) if bool(weights.ce.any()) else (given.new_zeros(()), None)
+        )
+        temperature = options.temperature
+        p, q = (_normalise(x / temperature if temperature != 1 else x) for x in (wanted, capped))
+        divergence, grad = _DIVERGENCES[options.divergence](p, q)
+        kl = (divergence * weights.kl).sum() * temperature**2
+        grad = grad.mul_((weights.kl * temperature)[:, None])
+        if plain is not None:
+            grad.add_(plain)
+        if slope is not None:
+            grad.mul_(slope)
+        given.copy_(grad)
+        return torch.stack([kl.double(), nll.double()])
+
+
+class _SparseTarget:
+    """A few of the teacher's probabilities; no teacher logits are made."""
+
+    def __init__(self, signal: Sparse, head: Tensor) -> None:
+        self.signal = _cut(signal, len(head))
+        self.vocab = self.signal.vocab
+
+    def prepare(self, at: slice) -> None:
+        """Nothing: the signal is what is needed."""
+
+    def gradient_(
+        self, part: slice, block: slice, given: Tensor, weights: _Weights, options: Options
+    ) -> Tensor:
+        """As `_DenseTarget.gradient_`; cross-entropy is one more token with its weight as mass."""
+        signal = _part(self.signal, part)
+        capped = _softcap_(given, options.softcap)
+        slope = 1 - (capped / options.softcap).square() if options.softcap else None
+        log_q = _normalise(capped)
+        divergence, shares = _sparse_kl(signal, log_q)
+        nll = -log_q.gather(1, weights.labels[:, None])[:, 0] * weights.ce
+        pull = (signal.mass.to(given) - shares.named).mul_(weights.kl[:, None])
+        scale = weights.kl * (shares.whole - shares.ratio) + weights.ce
+        torch.exp(log_q, out=given)
+        given.mul_(scale[:, None]).scatter_add_(1, signal.tokens, -pull)
+        given.scatter_add_(1, weights.labels[:, None], -weights.ce[:, None])
+        if slope is not None:
+            given.mul_(slope)
+        return torch.stack([(divergence * weights.kl).sum().double(), nll.sum().double()])
+
+
+def _target(signal: Signal, head: Tensor, chunk: int) -> _DenseTarget | _SparseTarget:
+    return _DenseTarget(signal, head, chunk) if isinstance(signal, Dense) else _SparseTarget(signal, head)
+
+
+class _Shares(NamedTuple):
+    """How the rest is shared out by the student."""
+
+    named: Tensor
+    """What the named tokens would have got of it, (rows, few): they are not among the rest."""
+    ratio: Tensor
+    """rest / the student's probability of the unnamed tokens, (rows,)."""
+    whole: Tensor
+    """mass + rest: 1 but for rounding and sampling, (rows,)."""
+
+
+def _part(signal: Sparse, rows: slice) -> Sparse:
+    parts = (signal.tokens, signal.mass, signal.rest, signal.negentropy, signal.known)
+    return Sparse(*(part[rows] for part in parts), vocab=signal.vocab)
+
+
+def _cut(signal: Sparse, vocab: int) -> Sparse:
+    """The signal for a student of a smaller vocabulary: what it cannot say joins the rest."""
+    if signal.vocab <= vocab:
+        return signal
+    beyond = signal.tokens >= vocab
+    lost = (signal.mass * beyond).sum(-1)
+    return signal._replace(
+        tokens=signal.tokens.masked_fill(beyond, 0),
+        mass=signal.mass.masked_fill(beyond, 0.0),
+        rest=signal.rest + lost,
+        vocab=vocab,
+    )
+
+
+def _sparse_kl(signal: Sparse, log_q: Tensor) -> tuple[Tensor, _Shares]:
+    """Σ p·log p − Σ mass·log q − rest·log q(unnamed), per row, and what its gradient needs."""
+    mass, rest = signal.mass.to(log_q), signal.rest.to(log_q)
+    log_named = log_q.gather(1, signal.tokens)
+    named = log_named.exp() * (mass > 0)
+    unnamed = (1 - named.sum(-1)).clamp_min(torch.finfo(log_q.dtype).eps)
+    divergence = signal.negentropy.to(log_q) - (mass * log_named).sum(-1) - rest * unnamed.log()
+    ratio = rest / unnamed
+    return divergence, _Shares(named * ratio[:, None], ratio, mass.sum(-1) + rest)
+
+
 def _normalise(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1)
-
-
-def _gradient_(wanted: Tensor, given: Tensor, weights: _Weights, options: Options) -> Tensor:
-    """Replace the student's logits ``given`` by d loss / d (head product), not yet normalised.
-
-    ``wanted`` are the teacher's logits; both (rows, vocab). Returns the weighted sums of divergence and
-    cross-entropy, float64 (2,).
-    """
-    capped = _softcap_(given, options.softcap)
-    slope = 1 - (capped / options.softcap).square() if options.softcap else None
-    nll, plain = _cross_entropy(capped, weights) if bool(weights.ce.any()) else (torch.zeros(()), None)
-    temperature = options.temperature
-    p, q = (_normalise(x / temperature if temperature != 1 else x) for x in (wanted, capped))
-    divergence, grad = _DIVERGENCES[options.divergence](p, q)
-    kl = (divergence * weights.kl).sum() * temperature**2
-    grad = grad.mul_((weights.kl * temperature)[:, None])
-    if plain is not None:
-        grad.add_(plain)
-    if slope is not None:
-        grad.mul_(slope)
-    given.copy_(grad)
-    return torch.stack([kl.double(), nll.double()])
 
 
 def _softcap_(logits: Tensor, softcap: float) -> Tensor:

@@ -23,8 +23,8 @@ from understudy.compress import checkpoint, distill
 from understudy.compress import plan as plans
 from understudy.compress.card import model_card
 from understudy.compress.corpus import Chat, Document, encode_chat, encode_text, fingerprint, take
+from understudy.compress.curve import Check, Curve, Point
 from understudy.compress.decoder import shape_of
-from understudy.compress.distill import Check, Curve, Point
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.plan import Plan
 from understudy.compress.progress import Progress, silent

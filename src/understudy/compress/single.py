@@ -1,4 +1,4 @@
-"""One step of the recipe by itself, as the commands `prune`, `distil` and `fidelity` need it.
+"""One step of the recipe by itself, as the commands `prune` and `fidelity` need it.
 
 Texts come as a function of the tokenizer, for the tokenizer comes with the teacher. It ignores the whole
 run (recipe).
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from understudy import __version__
-from understudy.compress import checkpoint, distill
+from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.allocation import allocate, curves
 from understudy.compress.card import loads_in_vllm, model_card
@@ -31,7 +31,6 @@ from understudy.compress.corpus import (
     windows,
 )
 from understudy.compress.decoder import Shape, extras_of, family_of, may_share, parameters, shape_of
-from understudy.compress.distill import Curve
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.journal import Journal
 from understudy.compress.plan import Plan
@@ -39,7 +38,6 @@ from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import Method
 from understudy.compress.search import Budget, cheapest
 from understudy.compress.student import student_of
-from understudy.compress.teacher import LiveTeacher
 from understudy.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -208,33 +206,6 @@ def _parts(documents: list[Document]) -> tuple[list[Document], list[Document]]:
             f"{count} tokens of text", expected="two texts at least", next_step="give more or longer texts"
         )
     return take(text, STATISTICS_TOKENS, 0, share=True), probe
-
-
-class HealJob(NamedTuple):
-    teacher: str
-    student: Path
-    out: Path
-    """Folder of the healed checkpoint; the state for resuming stands beside it as NAME.heal."""
-    settings: distill.Settings
-    held_out: float
-    """Share of documents that are only measured on."""
-    texts: Texts
-
-
-def heal_only(job: HealJob, progress: Progress = silent) -> Curve:
-    """Heal a checkpoint and save it; goes on from the state an interrupted run left."""
-    teacher, student = checkpoint.load(job.teacher), checkpoint.load(job.student)
-    require_same_tokenizer(teacher.tokenizer, student.tokenizer)
-    documents = job.texts(teacher.reader)
-    count = round(job.held_out * len(documents))
-    held_out, train = documents[:count], documents[count:]
-    state = job.out.with_name(job.out.name + ".heal")
-    corpus = distill.Corpus(train, held_out)
-    curve = distill.heal(student.model, LiveTeacher(teacher.model), corpus, job.settings, state, progress)
-    origin: dict[str, Any] = {"licence_from": student.folder, "processor": student.processor}
-    checkpoint.save(student.model, student.tokenizer, job.out, **origin)
-    distill.forget(state)
-    return curve
 
 
 def compare(teacher: str, student: str, texts: Texts, tokens: int, progress: Progress = silent) -> Fidelity:
