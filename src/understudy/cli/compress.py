@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -237,7 +238,7 @@ def distil(
     elif teacher == healing.RECORDED and data == "traffic":
         texts = _harvested(alias, config_path)
     settings = distill.Settings(**recipe, generic=generic_share if generic else 0.0)
-    mixed = (lambda tokenizer: _read(generic, tokenizer)) if generic else None
+    mixed = partial(_read, generic) if generic else None
     with _bars() as progress:
         job = healing.HealJob(
             teacher, student, out, settings, held_out, texts, mixed, targets=targets, resume=resume
@@ -377,10 +378,10 @@ def _generated(
 
     cache = out.with_name(out.name + ".answers.jsonl")
     chats = answers.chats_of(*_sampled(target, samples, cache, yes, data, alias, config_path))
-    return lambda tokenizer: _encoded(tokenizer, chats)
+    return partial(_encoded, chats)
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, chats: list[Chat]) -> list[Document]:
+def _encoded(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     from understudy.compress.corpus import encode_chat
 
     return [encode_chat(tokenizer, chat) for chat in chats]
@@ -390,6 +391,7 @@ def _capture_hosted(
     target: str, out: Path, student: Path | None, yes: bool, data: str, alias: str | None, config_path: Path
 ) -> Captured:
     from understudy.compress import answers, checkpoint, healing
+    from understudy.compress.decoder import shape_of
 
     if student is None:
         raise InputError(f"{target} has no tokens of its own here", expected="--student CHECKPOINT")
@@ -403,12 +405,12 @@ def _capture_hosted(
             next_step=f"understudy distil recorded {student} --generate {target}: its texts alone",
         )
     own, chats = checkpoint.load(student), answers.chats_of(asked, told)
-    documents = _encoded(own.tokenizer, chats)
+    documents = _encoded(chats, own.tokenizer)
     hosted = answers.Hosted(documents, told, _vocabulary(own.tokenizer))
     done = healing.capture_hosted(
         target,
         own.tokenizer,
-        len(own.model.get_input_embeddings().weight),
+        shape_of(own.model).vocab,
         documents,
         hosted.told,
         out,
@@ -433,7 +435,7 @@ def _harvested(alias: str | None, config_path: Path) -> Callable[[PreTrainedToke
     ]
     found = harvest(scored)
     click.echo(str(found), err=True)
-    return lambda tokenizer: _encoded(tokenizer, found.chats)
+    return partial(_encoded, found.chats)
 
 
 def _score(exchange: Exchange) -> float | None:
