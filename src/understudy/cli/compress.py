@@ -259,6 +259,7 @@ def distil(
 @click.option("--params", default=None, help="Share to keep (0.75) or a count (108M).")
 @click.option("--tokens", default=None, type=int, help="Tokens of healing.")
 @click.option("--minutes", default=None, type=float, help="Stop healing after so many minutes.")
+@click.option("--baseline", default=None, help="Best model of that size off the shelf, to compare with.")
 @_text_options
 @json_option
 def own(
@@ -267,6 +268,7 @@ def own(
     params: str | None,
     tokens: int | None,
     minutes: float | None,
+    baseline: str | None,
     data: str,
     alias: str | None,
     config_path: Path,
@@ -276,7 +278,8 @@ def own(
     from understudy.compress import recipe
 
     config = _config(config_path)
-    settings = _settings(config, teacher, params, tokens, minutes)
+    given = {"teacher": teacher, "params": params, "distil_tokens": tokens, "minutes": minutes}
+    settings = _settings(config, given | {"baseline": baseline})
     train, held_out = _chats(data, alias, config)
     job = recipe.OwnJob(
         teacher=settings.teacher,
@@ -293,7 +296,10 @@ def own(
         print_json(report)
         return
     click.echo(str(report.plan))
-    click.echo(f"pruned: {report.before}\nhealed: {report.after}\n{report.checkpoint}")
+    click.echo(f"pruned: {report.before}\nhealed: {report.after}\n{report.beside_baseline}")
+    for note in report.notes:
+        click.echo(note)
+    click.echo(report.checkpoint)
 
 
 @click.command()
@@ -405,7 +411,7 @@ def _capture_hosted(
             next_step=f"understudy distil recorded {student} --generate {target}: its texts alone",
         )
     own, chats = checkpoint.load(student), answers.chats_of(asked, told)
-    documents = _encoded(chats, own.tokenizer)
+    documents = _encoded(chats, own.reader)
     hosted = answers.Hosted(documents, told, _vocabulary(own.tokenizer))
     done = healing.capture_hosted(
         target,
@@ -460,12 +466,10 @@ def _config(path: Path) -> Config:
     return config.load(path) if path.exists() or path != config.DEFAULT_PATH else config.Config()
 
 
-def _settings(
-    config: Config, teacher: str | None, params: str | None, tokens: int | None, minutes: float | None
-) -> Own:
+def _settings(config: Config, given: dict[str, object]) -> Own:
+    """`[own]` with what the command line says instead."""
     import msgspec
 
-    given = {"teacher": teacher, "params": params, "distil_tokens": tokens, "minutes": minutes}
     settings = msgspec.structs.replace(config.own, **{k: v for k, v in given.items() if v is not None})
     if not settings.teacher:
         raise InputError(

@@ -91,8 +91,10 @@ class Batch(NamedTuple):
     """Of each row."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        return Batch(*(part if part is None else part.to(device) for part in self))  # pyright: ignore[reportArgumentType] -- only `sight` may be None
+        """The batch on a device; pictures follow when they are looked at."""
+        *parts, sight, media = self
+        moved = None if sight is None else sight.to(device)
+        return Batch(*(part.to(device) for part in parts), sight=moved, media=media)
 
     def first(self, rows: int) -> Batch:
         """The first rows."""

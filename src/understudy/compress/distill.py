@@ -143,8 +143,11 @@ def heal(
     Raises ModelError when nothing can be learnt from the corpus or the saved state is of another run, and
     InputError for settings that this teacher cannot serve.
     """
-    _require(teacher, settings, peers or processes())
-    run = _Run(student, teacher, corpus, settings, state, progress, peers or processes())
+    peers = peers or processes()
+    _require(teacher, settings, peers)
+    if settings.match and any(d.media for part in corpus for d in part):
+        raise InputError(f"match = {settings.match:g} on pictures or sound", expected="texts alone")
+    run = _Run(student, teacher, corpus, settings, state, progress, peers)
     with matmul_precision(settings.precision), _interrupt_between_steps() as interrupted:
         run.to_the_end(interrupted)
     return run.curve

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -77,7 +78,15 @@ def _shingles(chat: Chat) -> frozenset[int]:
     """Hashes of every five words in a row, of all messages; of a short chat one of all its words."""
     words = " ".join(f"{m.get('role')}: {text_of(m.get('content'))}" for m in chat).lower().split()
     count = max(len(words) - WORDS + 1, 1)
-    return frozenset(zlib.crc32(" ".join(words[i : i + WORDS]).encode()) for i in range(count))
+    shown = _shown(chat)
+    return frozenset(zlib.crc32(" ".join(words[i : i + WORDS]).encode(), shown) for i in range(count))
+
+
+def _shown(chat: Chat) -> int:
+    """A hash of pictures, sound and tool calls: what they are of makes two chats different."""
+    parts = [m.get("content") for m in chat if not isinstance(m.get("content"), str)]
+    calls = [m.get("tool_calls") for m in chat]
+    return zlib.crc32(msgspec.json.encode([parts, calls], order="sorted"))
 
 
 def _resemblance(one: frozenset[int], two: frozenset[int]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -70,9 +70,9 @@ def heal_only(job: HealJob, progress: Progress = silent) -> Curve:
             next_step="without --resume",
         )
     student, peers = checkpoint.load(job.student), processes()
-    documents = job.texts(student.tokenizer)
+    documents = job.texts(student.reader)
     count = round(job.held_out * len(documents))
-    generic = job.generic(student.tokenizer) if job.generic else []
+    generic = job.generic(student.reader) if job.generic else []
     corpus = distill.Corpus(documents[count:], documents[:count], generic)
     teacher, settings = _teacher(job, student, [*documents, *generic])
     found = distill.heal(student.model, teacher, corpus, settings, state, progress, peers)
@@ -89,7 +89,8 @@ def _save(job: HealJob, student: Loaded, settings: distill.Settings, state: Path
     if peers.size > 1:
         student = checkpoint.load(job.student)
         distill.put_best(student.model, settings, state)
-    checkpoint.save(student.model, student.tokenizer, job.out, licence_from=student.folder)
+    origin: dict[str, Any] = {"licence_from": student.folder, "processor": student.processor}
+    checkpoint.save(student.model, student.tokenizer, job.out, **origin)
 
 
 def _teacher(
@@ -142,7 +143,7 @@ def capture_only(job: CaptureJob, progress: Progress = silent) -> Captured:
     """Capture an open teacher's targets of all texts. Raises ModelError for targets of another origin."""
     teacher = checkpoint.load(job.teacher)
     own = checkpoint.load(job.student) if job.student else teacher
-    live, documents = LiveTeacher(teacher.model), job.texts(own.tokenizer)
+    live, documents = LiveTeacher(teacher.model), job.texts(own.reader)
     if not documents:
         raise InputError("no text to capture", expected="chats or texts")
     vocab = len(head_weight(own.model))
@@ -151,7 +152,7 @@ def capture_only(job: CaptureJob, progress: Progress = silent) -> Captured:
         return capture(Live(live, origin).told, documents, job.out, origin, part=job.part, progress=progress)
     origin = _uncut(teacher.digest, own.tokenizer, vocab, documents, targets.TOP)
     vocabularies = job.vocabulary(own.tokenizer), job.vocabulary(teacher.tokenizer)
-    pairs = pairs_of(documents, job.texts(teacher.tokenizer))
+    pairs = pairs_of(documents, job.texts(teacher.reader))
     tell = Aligner(live, pairs, *vocabularies, origin.top).told
     return capture(tell, documents, job.out, origin, part=job.part, progress=progress)
 

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 
 def prompts_of(documents: Sequence[Document], most: int) -> list[list[int]]:
-    """What stands before the last answer of each chat, where that leaves room in ``most`` tokens."""
+    """What stands before the last answer of each chat of texts alone, where that leaves room in ``most``."""
     found: list[list[int]] = []
     for document in documents:
+        if document.media:
+            continue
         starts = [i for i, said in enumerate(document.answer) if said and i and not document.answer[i - 1]]
         if starts and starts[-1] < most:
             found.append(document.tokens[: starts[-1]])

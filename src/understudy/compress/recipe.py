@@ -1,14 +1,16 @@
 """`own`: a student from a teacher in one resumable run: plan, prune, measure, heal, measure, save.
 
 Each step leaves a file or folder under ``out``; a step whose output is there is not done again, and a run
-whose teacher, texts or settings changed begins anew. It ignores where chats come from (traffic), GGUF
-(serve) and whether the student is good enough (evaluate).
+whose teacher, texts or settings changed begins anew. A cut of more than `LARGEST_CUT` is made in steps, each
+healed before the next. It ignores where chats come from (traffic), GGUF (serve) and whether the student is
+good enough (evaluate).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import shutil
 import time
 from collections.abc import Generator
@@ -21,12 +23,13 @@ import msgspec
 from understudy import __version__
 from understudy.compress import checkpoint, distill
 from understudy.compress import plan as plans
+from understudy.compress.baseline import Baseline, bits_per_byte, measured
 from understudy.compress.card import model_card
-from understudy.compress.corpus import Chat, Document, encode_chat, encode_text, fingerprint, take
-from understudy.compress.curve import Check, Curve, Point
-from understudy.compress.decoder import shape_of
+from understudy.compress.corpus import Chat, Document, encode_chat, encode_text, fingerprint, shuffled, take
+from understudy.compress.curve import Check, Curve, Point, save_plot
+from understudy.compress.decoder import Extras, extras_of, shape_of
 from understudy.compress.fidelity import Fidelity, fidelity
-from understudy.compress.plan import Plan
+from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.single import LEAST_TOKENS, Sizes, batched, decided
 from understudy.compress.student import student_of
@@ -37,6 +40,8 @@ from understudy.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LARGEST_CUT = 0.4
+"""Share of parameters up to which one cut heals well; beyond it prune and heal in steps (arXiv 2407.14679)."""
 MEASURED_TOKENS = 8_000
 """Held-out tokens that fidelity is measured on."""
 CHECKED_TOKENS = 3_000
@@ -62,7 +67,7 @@ class OwnJob(NamedTuple):
     calibration_text: list[str] = []
     """Running text read beside the chats, for calibration and healing."""
     root: Path = Path()
-    """What a relative ``teacher`` is relative to."""
+    """What a relative ``teacher`` or ``baseline`` is relative to."""
 
 
 class OwnReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +91,7 @@ class OwnReport(msgspec.Struct, frozen=True, kw_only=True):
     """Why healing ended: tokens | minutes | early."""
     seed: int
     before: Fidelity
-    """Pruned and refitted, not healed; on held-out chats."""
+    """Pruned and refitted (after the last cut), not healed; on held-out chats."""
     after: Fidelity
     """Healed; on the same chats."""
     points: list[Point]
@@ -96,6 +101,25 @@ class OwnReport(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: str
     lineage: list[str]
     """Where the student comes from, a line for each step."""
+    bits_per_byte: float = 0.0
+    """Of the held-out answers, under the student."""
+    teacher_bits_per_byte: float = 0.0
+    baseline: Baseline | None = None
+    """The best model of this size off the shelf, as the user named it; None: none was named."""
+    notes: list[str] = []
+    """What a person should know of the healing."""
+
+    @property
+    def beside_baseline(self) -> str:
+        """How the student compares with a model off the shelf, in a sentence."""
+        own = f"{self.bits_per_byte:.3f} bits per byte of the held-out answers"
+        if self.baseline is None:
+            return f"{own}; no off-the-shelf model of this size was named to compare with (--baseline MODEL)"
+        better = "better" if self.bits_per_byte < self.baseline.bits_per_byte else "WORSE"
+        return (
+            f"{own}, {better} than off the shelf: {self.baseline.model} "
+            f"({self.baseline.parameters / 1e6:.1f}M parameters) has {self.baseline.bits_per_byte:.3f}"
+        )
 
     @property
     def gap_closed(self) -> float:
@@ -144,10 +168,10 @@ def _begin(out: Path, identity: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     job = out / "job.json"
     if not job.exists() or msgspec.json.decode(job.read_bytes(), type=_Job).identity != identity:
-        for name in ("report.json", "plan.json", "before.json"):
+        for name in ("report.json", "plan.json", "before.json", "curve.svg"):
             (out / name).unlink(missing_ok=True)
-        for name in ("pruned", "heal", "checkpoint"):
-            shutil.rmtree(out / name, ignore_errors=True)
+        for folder in (out / "pruned", out / "heal", out / "checkpoint", *out.glob("step-[0-9]*")):
+            shutil.rmtree(folder, ignore_errors=True)
     job.write_bytes(msgspec.json.encode(_Job(identity)))
 
 
@@ -172,6 +196,7 @@ class _Steps:
     def __init__(self, job: OwnJob, progress: Progress) -> None:
         self.job, self.out, self.progress = job, job.out, progress
         self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
 
     def run(self) -> OwnReport:
         with self._timed("load"):
@@ -179,12 +204,10 @@ class _Steps:
             self.texts = self._texts()
         plan, student = self._pruned()
         before = self._before(student)
-        curve = self._heal(student)
-        with self._timed("fidelity"):
-            after = fidelity(
-                self.loaded.model, student, batched(self.texts.measured, 2), progress=self.progress
-            )
-        return self._save(student, self._report(plan, before, curve, after))
+        curve = self._heal(student, self.out / "heal")
+        after = self._measured(student)
+        report = self._report(plan, before, curve, after)
+        return self._save(student, self._beside(student, report, curve), curve)
 
     @contextmanager
     def _timed(self, step: str) -> Generator[None]:
@@ -216,20 +239,50 @@ class _Steps:
         folder, path = self.out / "pruned", self.out / "plan.json"
         if folder.is_dir() and path.exists():
             return plans.load(path), checkpoint.load(folder).model
-        settings, teacher = self.job.settings, self.loaded.model
+        settings = self.job.settings
         sizes = Sizes(
             params=settings.params, ffn=settings.ffn, heads=settings.heads, experts=settings.experts
         )
         with self._timed("shape"):
             read = self.texts.calibration
-            plan = decided(shape_of(teacher), self.loaded, sizes, lambda: read, self.progress)
+            shape = shape_of(self.loaded.model)
+            wanted = decided(shape, self.loaded, sizes, lambda: read, self.progress)
+        plans.save(wanted, path)
+        model, plan = self._halfway(wanted)
+        last = _onward(plan, wanted, extras_of(model)) if plan else wanted
+        student, done = self._cut(model, last)
+        plan = plans_joined(plan, done) if plan else done
+        plan = msgspec.structs.replace(plan, reason=wanted.reason)
         plans.save(plan, path)
-        with self._timed("prune"):
-            texts = batched(self.texts.calibration, LEAST_TOKENS, sharing=teacher)
-            student, plan = student_of(copy.deepcopy(teacher), plan, texts, progress=self.progress)
-            plans.save(plan, path)
-            checkpoint.save(student, self.loaded.tokenizer, folder, **self._origin())
+        checkpoint.save(student, self.loaded.tokenizer, folder, **self._origin())
         return plan, student
+
+    def _halfway(self, wanted: Plan) -> tuple[PreTrainedModel, Plan | None]:
+        """The teacher, or where the cut is large what it came to after all steps but the last."""
+        model, plan = self.loaded.model, None
+        count = _steps(wanted)
+        for number in range(1, count):
+            folder = self.out / f"step-{number}"
+            if not (folder / "healed").is_dir():
+                self._one_step(model, plan, _between(wanted, number / count, extras_of(model)), folder)
+            plan = plans.load(folder / "plan.json")
+            self.notes.append(f"cut to {plan.student} and healed before the cut went on")
+            model = checkpoint.load(folder / "healed").model
+        return model, plan
+
+    def _one_step(self, model: PreTrainedModel, before: Plan | None, wanted: Plan, folder: Path) -> None:
+        """Prune to an intermediate shape, heal, and keep both the model and the plan that led there."""
+        last = _onward(before, wanted, extras_of(model)) if before else wanted
+        student, done = self._cut(model, last)
+        self._heal(student, folder / "heal")
+        plans.save(plans_joined(before, done) if before else done, folder / "plan.json")
+        checkpoint.save(student, self.loaded.tokenizer, folder / "healed", **self._origin())
+        distill.forget(folder / "heal")
+
+    def _cut(self, model: PreTrainedModel, plan: Plan) -> tuple[PreTrainedModel, Plan]:
+        with self._timed("prune"):
+            texts = batched(self.texts.calibration, LEAST_TOKENS, sharing=model)
+            return student_of(copy.deepcopy(model), plan, texts, progress=self.progress)
 
     def _before(self, student: PreTrainedModel) -> Fidelity:
         path = self.out / "before.json"
@@ -237,10 +290,7 @@ class _Steps:
             before = msgspec.json.decode(path.read_bytes(), type=_Before)
             self.seconds = before.seconds | self.seconds
             return before.fidelity
-        with self._timed("fidelity"):
-            found = fidelity(
-                self.loaded.model, student, batched(self.texts.measured, 2), progress=self.progress
-            )
+        found = self._measured(student)
         path.write_bytes(msgspec.json.encode(_Before(fidelity=found, seconds=self.seconds)))
         return found
 
@@ -249,10 +299,12 @@ class _Steps:
             texts = batched(self.texts.measured, 2)
             return fidelity(self.loaded.model, student, texts, progress=self.progress)
 
-    def _heal(self, student: PreTrainedModel) -> Curve:
+    def _heal(self, student: PreTrainedModel, state: Path) -> Curve:
+        """One healing; the tokens and minutes of the whole run are shared among its steps."""
+        count = _steps(plans.load(self.out / "plan.json"))
         settings = distill.Settings(
-            tokens=self.job.settings.distil_tokens,
-            minutes=self.job.settings.minutes,
+            tokens=max(self.job.settings.distil_tokens // count, 1),
+            minutes=self.job.settings.minutes / count,
             learning_rate=self.job.settings.learning_rate,
             seed=self.job.seed,
         )
@@ -260,9 +312,28 @@ class _Steps:
             settings = msgspec.structs.replace(settings, **RIGHT)
         corpus = distill.Corpus(self.texts.train, self.texts.checked)
         teacher = LiveTeacher(self.loaded.model)
-        curve = distill.heal(student, teacher, corpus, settings, self.out / "heal", self.progress)
-        self.seconds["heal"] = curve.seconds
+        curve = distill.heal(student, teacher, corpus, settings, state, self.progress)
+        self.seconds["heal"] = self.seconds.get("heal", 0.0) + curve.seconds
         return curve
+
+    def _beside(self, student: PreTrainedModel, report: OwnReport, curve: Curve) -> OwnReport:
+        """The report with what it compares to."""
+        with self._timed("baseline"):
+            # `take` shuffles documents as this shuffles chats
+            chats = shuffled(self.job.held_out, self.job.seed)[: len(self.texts.measured)]
+            own, teacher = (
+                bits_per_byte(model, self.texts.measured, chats) for model in (student, self.loaded.model)
+            )
+            name = self.job.settings.baseline
+            found = measured(checkpoint.load(name, self.job.root), chats) if name else None
+        return msgspec.structs.replace(
+            report,
+            bits_per_byte=own,
+            teacher_bits_per_byte=teacher,
+            baseline=found,
+            notes=[*self.notes, *curve.notes],
+            seconds={step: round(seconds, 2) for step, seconds in self.seconds.items()},
+        )
 
     def _report(self, plan: Plan, before: Fidelity, curve: Curve, after: Fidelity) -> OwnReport:
         return OwnReport(
@@ -300,8 +371,9 @@ class _Steps:
         """What a student's folder takes over from its teacher's: licence and processor."""
         return {"licence_from": self.loaded.folder, "processor": self.loaded.processor}
 
-    def _save(self, student: PreTrainedModel, report: OwnReport) -> OwnReport:
+    def _save(self, student: PreTrainedModel, report: OwnReport, curve: Curve) -> OwnReport:
         """The checkpoint first, the report last: a report means that all of it is there."""
+        save_plot(curve, self.out / "curve.svg")
         checkpoint.save(
             student,
             self.loaded.tokenizer,
@@ -311,8 +383,62 @@ class _Steps:
         )
         (self.out / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1))
         distill.forget(self.out / "heal")
-        shutil.rmtree(self.out / "pruned", ignore_errors=True)
+        for folder in (self.out / "pruned", *self.out.glob("step-[0-9]*")):
+            shutil.rmtree(folder, ignore_errors=True)
         return report
+
+
+def _steps(plan: Plan) -> int:
+    """How many cuts of at most `LARGEST_CUT` it takes; a mixture is cut at once."""
+    if plan.teacher.experts or plan.removed <= LARGEST_CUT:
+        return 1
+    return math.ceil(math.log(1 - plan.removed) / math.log(1 - LARGEST_CUT))
+
+
+def _between(wanted: Plan, share: float, extras: Extras) -> Plan:
+    """A shape on the way: FFN channels by equal ratios and layers by equal numbers; heads and width wait for
+    the last cut."""
+    start, end = wanted.teacher, wanted.student
+    ffn = round(start.ffn * (end.ffn / start.ffn) ** share)
+    step = plans.MULTIPLE if end.ffn % plans.MULTIPLE == 0 else 1
+    layers = round(start.layers + (end.layers - start.layers) * share)
+    return plans.decide(start, extras, ffn=max(ffn // step * step, end.ffn), layers=layers)
+
+
+def _onward(before: Plan, wanted: Plan, extras: Extras) -> Plan:
+    """The plan from where a step ended to a shape further on."""
+    to = wanted.student
+    return plans.decide(
+        before.student,
+        extras,
+        ffn=to.ffn,
+        heads=to.heads,
+        kv_heads=to.kv_heads,
+        hidden=to.hidden,
+        layers=to.layers,
+    )
+
+
+def plans_joined(first: Plan, second: Plan) -> Plan:
+    """Two cuts as one: indices of the second looked up in what the first kept."""
+    return msgspec.structs.replace(
+        second,
+        teacher=first.teacher,
+        parameters_before=first.parameters_before,
+        layers=[_looked_up(first.layers[kept.layer], kept) for kept in second.layers],
+        width=[first.width[i] for i in second.width]
+        if first.width and second.width
+        else second.width or first.width,
+    )
+
+
+def _looked_up(first: LayerPlan, second: LayerPlan) -> LayerPlan:
+    return LayerPlan(
+        layer=first.layer,
+        channels=[first.channels[i] for i in second.channels],
+        heads=[first.heads[i] for i in second.heads],
+        kv_heads=[first.kv_heads[i] for i in second.kv_heads],
+    )
 
 
 def _lines(report: OwnReport) -> list[str]:
@@ -323,4 +449,6 @@ def _lines(report: OwnReport) -> list[str]:
         f"calibration {report.calibration_hash}, training texts {report.training_hash}",
         f"before healing: {report.before}",
         f"after healing:  {report.after}",
+        report.beside_baseline,
+        *report.notes,
     ]

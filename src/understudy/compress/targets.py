@@ -126,8 +126,10 @@ def _short(value: object) -> str:
 
 
 def document_key(document: Document) -> bytes:
-    """16 bytes that name a text by its tokens."""
-    return hashlib.sha256(np.asarray(document.tokens, dtype=np.int32).tobytes()).digest()[:16]
+    """16 bytes that name a text by its tokens, and by its pictures or sound."""
+    digest = hashlib.sha256(np.asarray(document.tokens, dtype=np.int32).tobytes())
+    digest.update(document.media.digest.encode() if document.media else b"")
+    return digest.digest()[:16]
 
 
 def shard_path(folder: Path, origin: Origin, keys: Sequence[bytes]) -> Path:
