@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -466,7 +466,7 @@ def _config(path: Path) -> Config:
     return config.load(path) if path.exists() or path != config.DEFAULT_PATH else config.Config()
 
 
-def _settings(config: Config, given: dict[str, object]) -> Own:
+def _settings(config: Config, given: Mapping[str, object]) -> Own:
     """`[own]` with what the command line says instead."""
     import msgspec
 

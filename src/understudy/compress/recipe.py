@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LARGEST_CUT = 0.4
-"""Share of parameters up to which one cut heals well; beyond it prune and heal in steps (arXiv 2407.14679)."""
+"""Share of parameters up to which one cut heals well; beyond, prune and heal in steps (arXiv 2407.14679)."""
 MEASURED_TOKENS = 8_000
 """Held-out tokens that fidelity is measured on."""
 CHECKED_TOKENS = 3_000
@@ -252,7 +252,7 @@ class _Steps:
         last = _onward(plan, wanted, extras_of(model)) if plan else wanted
         student, done = self._cut(model, last)
         plan = plans_joined(plan, done) if plan else done
-        plan = msgspec.structs.replace(plan, reason=wanted.reason)
+        plan = msgspec.structs.replace(plan, reason=wanted.reason, measured=wanted.measured)
         plans.save(plan, path)
         checkpoint.save(student, self.loaded.tokenizer, folder, **self._origin())
         return plan, student
