@@ -492,7 +492,7 @@ def _tensorzero(bench: Bench, peers: Path, count: int) -> list[float]:
 
 def _litellm(bench: Bench, peers: Path, folder: Path, count: int) -> list[float]:
     with litellm(peers, folder, bench.upstream_port) as running:
-        return _costs(bench, running, max(320, count // 20))
+        return _costs(bench, running, max(160, count // 20))
 
 
 def load_line(bench: Bench, count: int) -> str:
