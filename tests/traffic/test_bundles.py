@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from understudy.traffic.bundles import BUNDLE_BYTES, Leaf, bind, bundled, unbind
+from understudy.traffic.database import Database, SqliteDatabase, open_database
+from understudy.traffic.migrations import HISTORY, migrate
 from understudy.traffic.record import Call, new_key
 from understudy.traffic.store import Store, open_store
 
@@ -77,30 +79,47 @@ def test_what_is_forgotten_is_taken_out_of_its_bundle(store: Store, make_call: C
     assert [c.call.request for c in store.calls(texts=True)][-60:] == [c.request for c in more]
 
 
+def columns(database: Database, table: str) -> str:
+    kind = "pragma_table_info(?)" if isinstance(database, SqliteDatabase) else "information_schema.columns"
+    where = (
+        ""
+        if isinstance(database, SqliteDatabase)
+        else "WHERE table_name = ? AND table_schema = current_schema()"
+    )
+    name = "name" if isinstance(database, SqliteDatabase) else "column_name"
+    return ", ".join(row[0] for row in database.query(f"SELECT {name} FROM {kind} {where}", (table,)))
+
+
+def copied_as_before(new: Database, old: Database) -> None:
+    """What a store has, in one of the version before bundles: each text in a row of its own."""
+    migrate(old, upto=next(n for n, step in enumerate(HISTORY) if step.name == "m020_create_bundles"))
+    for table in ("calls", "digests", "lifts", "segments"):
+        names = columns(old, table)
+        rows = new.query(f"SELECT {names} FROM {table}")
+        old.many(f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' * len(names.split(',')))})", rows)
+    leaves = [Leaf(*row[:2], bytes(row[2])) for row in new.query("SELECT id, parent, data FROM blobs")]
+    for first, data in new.query("SELECT first, data FROM bundles"):
+        leaves += unbind(first, bytes(data))
+    old.many("INSERT INTO blobs (id, parent, data) VALUES (?, ?, ?)", leaves)
+
+
 def test_a_store_with_loose_texts_of_an_older_version_goes_on(
-    tmp_path: Path, make_call: Callable[..., Call]
+    store_url: str, tmp_path: Path, make_call: Callable[..., Call]
 ) -> None:
     """The texts it has stay where they are and are found there, whatever is bound beside them."""
     calls = many(make_call, 100)
-    with open_store("sqlite:///old.db", tmp_path) as store:
+    with open_store("sqlite:///new.db", tmp_path) as store:
         store.insert(calls[:40], "s", 1)
-        bound = store._database.query("SELECT first, data FROM bundles")
-        for first, data in bound:  # as the version before had them: each in a row of its own
-            store._database.many(
-                "INSERT INTO blobs (id, parent, data) VALUES (?, ?, ?)", unbind(first, bytes(data))
-            )
-        for sql in ("DROP TABLE bundles", "DROP TABLE links", "ALTER TABLE digests DROP COLUMN answer"):
-            store._database.execute(sql)
-        store._database.execute("CREATE INDEX blobs_by_parent ON blobs (parent) WHERE parent <> 0")
-        store._database.execute("DELETE FROM schema_history WHERE name >= 'm020'")
-    with open_store("sqlite:///old.db", tmp_path) as store:
+        old = open_database(store_url, tmp_path)
+        copied_as_before(store._database, old)
+        old.close()
+    with open_store(store_url, tmp_path) as store:
+        loose = "SELECT COUNT(*) FROM blobs WHERE id <= ?"
         before = store._database.query("SELECT COUNT(*) FROM blobs")[0][0]
         store.insert(calls[40:], "s", 2)
-        assert store._database.query("SELECT COUNT(*) FROM blobs WHERE id <= ?", (before,))[0][0] == before
+        assert store._database.query(loose, (before,))[0][0] == before == 81
         assert [c.call.request for c in store.calls(texts=True)] == [c.request for c in calls]
         assert store.forget(calls[60].at) == 60
         store.sweep()
         assert [c.call.request for c in store.calls(texts=True)] == [c.request for c in calls[60:]]
-        assert (
-            store._database.query("SELECT COUNT(*) FROM blobs WHERE id <= ?", (before,))[0][0] == 1
-        )  # the frame
+        assert store._database.query(loose, (before,))[0][0] == 1  # the frame, which all share
