@@ -34,7 +34,8 @@ class Gateway(Section, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:8080"
     """Address and port to listen on. Anything but loopback must be asked for."""
     record: Literal["buffered", "strict", "metadata"] = "buffered"
-    """buffered: fdatasync every 100 ms; strict: on disk before the answer ends; metadata: no texts."""
+    """buffered: written before the answer ends, on disk within 100 ms: a killed gateway loses nothing, a
+    power cut that much; strict: on disk before the answer ends; metadata: no texts."""
     require_key: bool = False
     """Refuse callers without an Understudy key (create one with `understudy keys create`)."""
     connect_timeout_s: float = 5.0
