@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -244,6 +245,8 @@ def distil(
             teacher, student, out, settings, held_out, texts, mixed, targets=targets, resume=resume
         )
         curve = healing.heal_only(job, progress)
+    if not _tells():
+        return
     if as_json:
         print_json(curve)
         return
@@ -572,9 +575,19 @@ def _chat(line: str, where: str) -> Chat:
     return cast("Chat", messages)
 
 
+def _tells() -> bool:
+    """Under torchrun the first process alone speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def _bars() -> Generator[Progress]:
     """Progress on standard error: a bar per step with the time it still takes."""
+    if not _tells():
+        from understudy.compress.progress import silent
+
+        yield silent
+        return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 

@@ -110,7 +110,8 @@ def _drawn(lines: Sequence[_Line], title: str) -> str:
         _, y = place(0, math.log10(value))
         body.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
         body.append(_text(LEFT - 8, y + 4, f"{value:g}", "end", 11))
-    for value in (right * i / 5 for i in range(6)):
+    step = _round(right / 5)
+    for value in (step * i for i in range(int(right / step) + 1)):
         x, _ = place(value, low)
         body.append(
             _text(
@@ -134,8 +135,14 @@ def _drawn(lines: Sequence[_Line], title: str) -> str:
     )
 
 
+def _round(step: float) -> float:
+    """The next larger of 1, 2 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(size * power for size in (1, 2, 5, 10) if size * power >= step)
+
+
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten within two logarithms."""
+    """Round values within two logarithms."""
     values = [m * 10.0**n for n in range(math.floor(low), math.ceil(high) + 1) for m in (1, 1.5, 2, 3, 5, 7)]
     return [v for v in values if low <= math.log10(v) <= high]
 
