@@ -291,10 +291,10 @@ def _of_pictures(asked: list[Question], count: int) -> list[Question]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--heal", type=int, default=100_000)
-    parser.add_argument("--asked", type=int, default=1500)
-    parser.add_argument("--pictures", type=int, default=1500, help="Train on so many pictures (0: all).")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--heal", type=int, default=80_000)
+    parser.add_argument("--asked", type=int, default=1000)
+    parser.add_argument("--pictures", type=int, default=1200, help="Train on so many pictures (0: all).")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), given.steps, given.heal, given.asked, given.pictures)

@@ -27,11 +27,11 @@ from understudy.compress.decoder import (
 )
 from understudy.compress.distill import Corpus, Settings, heal
 from understudy.compress.fidelity import fidelity, final_hidden
-from understudy.compress.media import resampled
 from understudy.compress.projector import reduced
 from understudy.compress.prune import prune
 from understudy.compress.teacher import LiveTeacher
 from understudy.errors import InputError, ModelError
+from understudy.processor import resampled
 
 FAMILIES = [family for family in seeing.CONFIGS if family != "voxtral"]
 FILLED = {"qwen2_vl", "qwen2_5_vl", "mllama"}

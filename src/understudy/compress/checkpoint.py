@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from understudy.compress import processors
+from understudy import processor as processors
 from understudy.compress.decoder import family_of
 from understudy.compress.families import HOSTS, Host
 from understudy.compress.streaming import is_streamed, open_streamed, save_streamed

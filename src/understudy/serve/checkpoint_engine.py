@@ -1,21 +1,24 @@
-"""A checkpoint folder in transformers: for models that are not (yet) exported to GGUF.
+"""A checkpoint folder in transformers: for models that see or hear, or are not (yet) exported to GGUF.
 
-Weights are computed in float32, one request after the other: correct before fast. It ignores grammars, tools
-and penalties, and refuses requests that ask for them; GGUF files serve them all (llamacpp).
+Weights are computed in float32, one request after the other: correct before fast. Pictures and sound come as
+data in the request and go through the model's own processor. It ignores grammars, tools and penalties, and
+refuses requests that ask for them; GGUF files serve them all (llamacpp).
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from understudy import processor
 from understudy.config import Serve
-from understudy.errors import MissingExtraError, ModelError
+from understudy.errors import InputError, MissingExtraError, ModelError
 from understudy.protocol import Json
 from understudy.serve.engine import Scored, ScoreJob, TokenScore, cpu_threads
 from understudy.serve.logprobs import TextLogprobs, chat_logprobs
@@ -46,11 +49,13 @@ class _Step(NamedTuple):
 class CheckpointEngine:
     """One checkpoint folder. Make it with `open`."""
 
-    def __init__(self, model: Any, tokenizer: Any, context: int) -> None:
-        self.context = min(context, int(getattr(model.config, "max_position_embeddings", context)))
+    def __init__(self, model: Any, tokenizer: Any, context: int, processor: Any = None) -> None:
+        text = model.config.get_text_config()
+        self.context = min(context, int(getattr(text, "max_position_embeddings", context)))
         self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self._model = model
         self._tokenizer = tokenizer
+        self._processor = processor
         self._added: dict[int, Any] = dict(tokenizer.added_tokens_decoder)
         self._ends = _end_tokens(model, tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -59,17 +64,17 @@ class CheckpointEngine:
     @classmethod
     async def open(cls, folder: Path, settings: Serve) -> CheckpointEngine:
         """Load a checkpoint. Raises ModelError for a folder that transformers cannot load."""
-        model, tokenizer = await asyncio.to_thread(_load, folder, cpu_threads(settings.threads))
-        return cls(model, tokenizer, settings.context)
+        model, tokenizer, eyes = await asyncio.to_thread(_load, folder, cpu_threads(settings.threads))
+        return cls(model, tokenizer, settings.context, eyes)
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[Json, None]:
-        tokens = await asyncio.to_thread(self._render, request.messages)
+        tokens, shown = await asyncio.to_thread(self._read, request.messages)
         self._check(request, tokens)
         top = (request.top_logprobs or 0) if request.logprobs else None
         limit = self.context if request.limit is None else request.limit
         for index in range(request.n or 1):
             yield _chunk(index, {"delta": {"role": "assistant", "content": ""}})
-            async with aclosing(self._generate(request, tokens, limit, top, index)) as steps:
+            async with aclosing(self._generate(request, tokens, limit, top, index, shown)) as steps:
                 async for step in steps:
                     delta = {"content": step.text} if step.text else {}
                     logprobs = chat_logprobs(step.entry and {"content": [step.entry]}, top)
@@ -86,7 +91,13 @@ class CheckpointEngine:
                     yield _chunk(index, {"text": step.text, "logprobs": logprobs}, step.finish, tokens)
 
     async def _generate(
-        self, request: Sampling, tokens: Sequence[int], limit: int, top: int | None, index: int
+        self,
+        request: Sampling,
+        tokens: Sequence[int],
+        limit: int,
+        top: int | None,
+        index: int,
+        shown: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> AsyncGenerator[_Step, None]:
         """Steps from the engine's thread. Closing it stops that thread after the token in hand."""
         self._check(request, tokens)
@@ -96,7 +107,9 @@ class CheckpointEngine:
 
         def work() -> None:
             try:
-                for step in self._steps(request, tokens, min(limit, self.context - len(tokens)), top, index):
+                most = min(limit, self.context - len(tokens))
+                logits = _Predictions(self._model, tokens, shown)
+                for step in self._steps(request, logits, most, top, index):
                     loop.call_soon_threadsafe(steps.put_nowait, step)
                     if gone.is_set():
                         return
@@ -122,7 +135,7 @@ class CheckpointEngine:
             )
 
     def _steps(
-        self, request: Sampling, tokens: Sequence[int], limit: int, top: int | None, index: int
+        self, request: Sampling, predictions: _Predictions, limit: int, top: int | None, index: int
     ) -> Iterator[_Step]:
         import torch
 
@@ -131,7 +144,7 @@ class CheckpointEngine:
         generator.manual_seed(cast(int, request.seed) + index) if seeded else generator.seed()
         cutter = TextCutter(request.stops)
         made: list[int] = []
-        for logits in _predictions(self._model, tokens, made):
+        for logits in predictions.after(made):
             token = draw(logits, request, generator)
             ended = token in self._ends
             if not ended:
@@ -157,7 +170,22 @@ class CheckpointEngine:
         raw = piece(self._tokenizer, token, self._added)
         return {"token": raw.decode(errors="replace"), "bytes": list(raw), "logprob": logprob}
 
+    def _read(self, messages: list[Json]) -> tuple[list[int], Mapping[str, torch.Tensor]]:
+        """Tokens of a chat, and what its pictures and sounds are to the model."""
+        if self._processor is None:
+            return self._render(messages), {}
+        try:
+            opened, parts = processor.opened(messages)
+            text = processor.rendered(self._processor, opened, prompt=True)
+            made = processor.processed(self._processor, text, parts)
+        except InputError as error:
+            raise RequestError(str(error), param="messages") from error
+        tokens = cast(list[int], made["input_ids"][0].tolist())
+        return tokens, {name: value for name, value in made.items() if name not in processor.OF_TEXT}
+
     def _render(self, messages: list[Json]) -> list[int]:
+        if any(isinstance(message.get("content"), list) for message in messages):
+            messages = [_plain(message, index) for index, message in enumerate(messages)]
         if not self._tokenizer.chat_template:
             raise RequestError("this model has no chat template; use /v1/completions", param="messages")
         rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
@@ -184,22 +212,38 @@ def _chunk(index: int, piece: Json, finish: str | None = None, tokens: Sequence[
     return {"choices": [choice], **({"usage": usage} if tokens else {})}
 
 
-def _load(folder: Path, threads: int) -> tuple[Any, Any]:
+def _plain(message: Json, index: int) -> Json:
+    """A message of text parts as one text. Raises RequestError for parts that a text model cannot take."""
+    parts = cast("list[Json]", message.get("content") if isinstance(message.get("content"), list) else [])
+    for part in parts:
+        if part.get("type") != "text":
+            raise RequestError(
+                f"this model reads text only, not {part.get('type')!r}", param=f"messages[{index}].content"
+            )
+    return (
+        {**message, "content": "".join(str(part.get("text") or "") for part in parts)} if parts else message
+    )
+
+
+def _load(folder: Path, threads: int) -> tuple[Any, Any, Any]:
     try:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        import transformers
     except ImportError as error:
         raise MissingExtraError(error.name or "transformers", "serve") from error
     torch.set_num_threads(threads)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        sees = any((folder / name).is_file() for name in processor.FILES if "processor" in name)
+        eyes = processor.load(str(folder)) if sees else None
+        tokenizer = eyes.tokenizer if eyes else transformers.AutoTokenizer.from_pretrained(folder)
+        kind = transformers.AutoModelForMultimodalLM if sees else transformers.AutoModelForCausalLM
+        model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"transformers cannot load {folder}: {error}",
             expected="a checkpoint folder with config.json, weights and tokenizer",
         ) from error
-    return model.eval(), tokenizer
+    return model.eval(), tokenizer, eyes
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -208,16 +252,33 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(t) for t in [*listed, tokenizer.eos_token_id] if t is not None)
 
 
-def _predictions(model: Any, tokens: Sequence[int], made: list[int]) -> Iterator[torch.Tensor]:
-    """Logits of the next token, again and again; ``made`` is read for the token chosen last."""
-    import torch
+class _Predictions:
+    """Logits of the next token, again and again, behind a prompt and what it shows."""
 
-    fed, past = list(tokens), None
-    while True:
-        with torch.inference_mode():
-            out = model(torch.tensor([fed]), past_key_values=past, use_cache=True, logits_to_keep=1)
-        yield out.logits[0, -1].float()
-        fed, past = made[-1:], out.past_key_values
+    def __init__(self, model: Any, tokens: Sequence[int], shown: Mapping[str, torch.Tensor]) -> None:
+        self._model, self._tokens, self._shown = model, list(tokens), shown
+
+    def after(self, made: list[int]) -> Iterator[torch.Tensor]:
+        """``made`` is read for the token chosen last."""
+        import torch
+
+        inner: Any = getattr(self._model, "model", None)
+        if getattr(inner, "rope_deltas", None) is not None:
+            inner.rope_deltas = None  # of the chat before this one
+        fed, past, shown = self._tokens, None, dict(self._shown)
+        while True:
+            with torch.inference_mode():
+                ids = torch.tensor([fed])
+                out = self._model(
+                    input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1, **shown
+                )
+            yield out.logits[0, -1].float()
+            fed, past, shown = made[-1:], out.past_key_values, self._later()
+
+    def _later(self) -> dict[str, torch.Tensor]:
+        """What a model that reads pictures by cross-attention is to see of them behind the prompt."""
+        seen = self._shown.get("cross_attention_mask")
+        return {} if seen is None else {"cross_attention_mask": seen[:, -1:]}
 
 
 class _CheckpointScorer:
