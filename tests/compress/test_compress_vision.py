@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,11 @@ import numpy as np
 import pytest
 import seeing
 import torch
+from click.testing import CliRunner
+from transformers import AutoModelForImageTextToText
 
+from understudy.cli.compress import fidelity as fidelity_command
+from understudy.cli.compress import prune as prune_command
 from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import enter
@@ -243,3 +249,27 @@ def test_sound_at_another_rate_is_the_same_wave():
     wave = np.sin(2 * np.pi * 440 * seconds).astype(np.float32)
     wanted = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     np.testing.assert_allclose(resampled(wave, 8000, 16000), wanted, atol=1e-4)
+
+
+def test_the_commands_take_chats_with_pictures_beside_their_file(tmp_path: Path):
+    teacher = seeing.saved("idefics3", tmp_path / "teacher")
+    lines: list[str] = []
+    for number, chat in enumerate(seeing.chats() * 2):
+        for part in chat[0]["content"] if isinstance(chat[0]["content"], list) else []:
+            if part["type"] == "image_url" and number % 2:
+                raw = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+                (tmp_path / f"{number}.png").write_bytes(raw)
+                part["image_url"] = {"url": f"{number}.png"}
+        lines.append(json.dumps({"messages": chat}))
+    texts, out = tmp_path / "chats.jsonl", tmp_path / "student"
+    texts.write_text("\n".join(lines))
+    sizes = ["--ffn", "16", "--hidden", "40", "--heads", "4"]
+    made = CliRunner().invoke(
+        prune_command, [str(teacher), "--out", str(out), *sizes, "--calibration", str(texts), "--json"]
+    )
+    assert made.exit_code == 0, made.output
+    measured = CliRunner().invoke(fidelity_command, [str(teacher), str(out), "--text", str(texts), "--json"])
+    assert measured.exit_code == 0, measured.output
+    assert json.loads(measured.stdout)["answer_tokens"] > 100
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    assert model.config.text_config.hidden_size == 40

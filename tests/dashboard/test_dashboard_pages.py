@@ -46,7 +46,7 @@ def assert_inert(text: str) -> None:
             assert not name.startswith("on"), (tag, name)
             assert name != "style", tag
             if name in ("src", "href", "action", "formaction"):
-                assert (value or "").startswith(("/", "#", "data:image/")), (tag, name, value)
+                assert (value or "").startswith(("/", "#", "data:image/", "data:audio/")), (tag, name, value)
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -195,6 +195,12 @@ def stream(*events: object) -> bytes:
         ({"request": msgspec.json.encode({"messages": [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "data:image/svg+xml;base64,PHN2Zz4="}}]}]})},
          "image elsewhere, not loaded"),
+        ({"request": msgspec.json.encode({"messages": [{"role": "user", "content": [
+            {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}]}]})},
+         '<audio class="recorded" controls preload="none" src="data:audio/wav;base64,UklGRg=="'),
+        ({"request": msgspec.json.encode({"messages": [{"role": "user", "content": [
+            {"type": "input_audio", "input_audio": {"data": "\"><script>", "format": "wav"}}]}]})},
+         "sound that no browser plays"),
     ],
 )  # fmt: skip
 async def test_whatever_was_recorded_is_shown(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from understudy.errors import StoreError
 from understudy.protocol import Cost, Usage
-from understudy.traffic import texts
+from understudy.traffic import sample, texts
 from understudy.traffic.database import SqliteDatabase
 from understudy.traffic.migrations import HISTORY, migrate, schema_version
 from understudy.traffic.record import Attempt, Call, Feedback, new_key
@@ -116,6 +116,25 @@ def test_an_image_is_kept_once_whatever_is_asked_of_it(store: Store, make_call: 
     stored = sum(len(bytes(row[0])) for row in store._database.query("SELECT data FROM blobs"))
     assert stored < 2.5 * len(image)  # once as it is and once as JSON has it
     assert [c.call.request for c in store.calls(texts=True)] == [*requests, *inside]
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_what_was_shown_or_heard_is_kept_once_and_comes_back_to_train_on(
+    store: Store, make_call: MakeCall, kind: str
+) -> None:
+    data = "UklGRiQA" * 700
+    part: dict[str, object] = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+    if kind == "image":
+        part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    asked = [[{"type": "text", "text": f"question {n}"}, part] for n in range(4)]
+    calls = [
+        make_call(request=msgspec.json.encode({"messages": [{"role": "user", "content": a}]})) for a in asked
+    ]
+    store.insert(calls, "s", 1)
+    stored = sum(len(bytes(row[0])) for row in store._database.query("SELECT data FROM blobs"))
+    assert stored < 1.5 * len(data)
+    chats = sample.chats(list(sample.exchanges(store, None)))
+    assert [chat[0]["content"] for chat in chats] == asked
 
 
 def test_a_segment_indexed_again_adds_nothing(store: Store, make_call: MakeCall) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from understudy.catalog import pictures
 from understudy.catalog.plan import TokenRatio
 from understudy.errors import InputError, MissingExtraError
 
@@ -24,8 +25,9 @@ class Counted(NamedTuple):
     prompt_tokens: int
 
 
-def token_ratio(tokenizer: Path, calls: Iterable[Counted]) -> TokenRatio | None:
-    """Tokens per recorded token over calls that are text alone; None when there is none.
+def token_ratio(tokenizer: Path, calls: Iterable[Counted], model: str = "") -> TokenRatio | None:
+    """Tokens per recorded token over calls of text, and of pictures where ``model``'s rule for them is known;
+    None when there is none.
 
     Raises InputError for a file that is no tokenizer, MissingExtraError without the package tokenizers.
     """
@@ -44,9 +46,10 @@ def token_ratio(tokenizer: Path, calls: Iterable[Counted]) -> TokenRatio | None:
     here: list[int] = []
     there: list[int] = []
     for call in calls:
-        texts = _texts(call.request)
-        if texts and call.prompt_tokens >= LEAST:
-            here.append(sum(len(count.encode(text, add_special_tokens=False).ids) for text in texts))
+        texts, seen = _texts(call.request), pictures.tokens_of(model, call.request)
+        if texts and seen is not None and call.prompt_tokens >= LEAST:
+            words = sum(len(count.encode(text, add_special_tokens=False).ids) for text in texts)
+            here.append(words + seen)
             there.append(call.prompt_tokens)
     if not here:
         return None
@@ -55,11 +58,15 @@ def token_ratio(tokenizer: Path, calls: Iterable[Counted]) -> TokenRatio | None:
 
 
 def _texts(request: Mapping[str, Any]) -> list[str]:
-    """Every text of a chat request; empty when something in it is no text."""
+    """Every text of a chat request; empty when something in it is neither text nor a picture."""
     texts: list[str] = []
     for message in cast(list[dict[str, Any]], request.get("messages") or []):
         content = message.get("content")
-        if not isinstance(content, str):
+        if isinstance(content, str):
+            texts.append(content)
+            continue
+        parts = cast("list[dict[str, Any]]", content if isinstance(content, list) else [{}])
+        if any(part.get("type") not in ("text", "image_url") for part in parts):
             return []
-        texts.append(content)
+        texts += [str(part.get("text") or "") for part in parts if part.get("type") == "text"]
     return texts if not request.get("tools") else []

@@ -238,7 +238,7 @@ def _ratios(
         for c in latest
         if c.call.request and c.call.usage and not c.call.usage_estimated
     ]
-    found = {m.id: token_ratio(config.path(m.tokenizer.value), counted) for m in own if m.tokenizer}
+    found = {m.id: token_ratio(config.path(m.tokenizer.value), counted, m.id) for m in own if m.tokenizer}
     return {model: ratio for model, ratio in found.items() if ratio}
 
 

@@ -560,8 +560,21 @@ def _chats_of(path: Path) -> list[Chat]:
     chats: list[Chat] = []
     for number, line in enumerate(_text_of(path).splitlines(), start=1):
         if line.strip():
-            chats.append(_chat(line, f"{path}:{number}"))
+            chats.append(_beside(_chat(line, f"{path}:{number}"), path.parent))
     return chats
+
+
+def _beside(chat: Chat, folder: Path) -> Chat:
+    """The chat with relative paths of pictures taken from where its file lies."""
+    for message in chat:
+        content: object = message.get("content")
+        for part in cast("list[object]", content) if isinstance(content, list) else []:
+            picture = cast("dict[str, Any]", part).get("image_url") if isinstance(part, dict) else None
+            if isinstance(picture, dict):
+                url = str(cast("dict[str, Any]", picture).get("url") or "")
+                if url and not url.startswith("data:") and "://" not in url:
+                    picture["url"] = str((folder / url).absolute())
+    return chat
 
 
 def _chat(line: str, where: str) -> Chat:

@@ -20,6 +20,9 @@ LONGEST = 100_000
 
 _IMAGE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+\Z")
 """Pictures that are in the record itself, in formats that hold no script."""
+_SOUND = {"wav": "audio/wav", "mp3": "audio/mpeg", "flac": "audio/flac", "opus": "audio/ogg"}
+"""OpenAI's names of formats of sound, with what browsers call them."""
+_BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+\Z")
 
 
 _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -29,9 +32,9 @@ _NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 class Part(NamedTuple):
     """One piece of what somebody said."""
 
-    kind: Literal["text", "image", "tool call", "tool result", "thinking", "data"]
+    kind: Literal["text", "image", "audio", "tool call", "tool result", "thinking", "data"]
     text: str
-    """For an image its data URL."""
+    """For an image and for sound its data URL."""
     label: str = ""
     """A tool's name, or what kind of data."""
 
@@ -202,6 +205,8 @@ def _part(piece: Json, kind: Literal["text", "tool result", "thinking"]) -> Part
         return Part("tool result", _cut(_text(piece.get("content") or piece.get("output"))))
     if form in ("image_url", "input_image", "image"):
         return _image(piece)
+    if form == "input_audio":
+        return _sound(piece)
     return Part("data", _cut(_text(piece)), form)
 
 
@@ -215,6 +220,15 @@ def _image(piece: Json) -> Part:
     if _IMAGE.match(url):
         return Part("image", url)
     return Part("data", _cut(url or _text(piece)), "image elsewhere, not loaded")
+
+
+def _sound(piece: Json) -> Part:
+    """Recorded sound, in formats that browsers play."""
+    given = _object(piece.get("input_audio"))
+    kind, data = _SOUND.get(str(given.get("format"))), str(given.get("data") or "")
+    if kind and _BASE64.match(data):
+        return Part("audio", f"data:{kind};base64,{data}")
+    return Part("data", _cut(_text(piece)), "sound that no browser plays")
 
 
 def _settings(request: Json) -> list[tuple[str, str]]:
@@ -236,7 +250,7 @@ def _raw(label: str, raw: bytes) -> list[Turn]:
 def _first_text(turns: Iterable[Turn]) -> str:
     for turn in turns:
         for part in turn.parts:
-            if part.kind != "image" and part.text:
+            if part.kind not in ("image", "audio") and part.text:
                 return f"{part.label}({part.text})" if part.kind == "tool call" else part.text
     return ""
 

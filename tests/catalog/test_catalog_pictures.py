@@ -1,0 +1,82 @@
+"""What pictures cost: the vendors' own examples, sizes out of real files, and the ratio a plan counts by."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from understudy.catalog.pictures import rule_of, size_of, tokens_of
+from understudy.catalog.tokens import Counted, token_ratio
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "height", "detail", "tokens"),
+    [
+        ("openai/gpt-4o", 1024, 1024, "high", 765),  # OpenAI's guide: four tiles
+        ("gpt-4o", 2048, 4096, "high", 1105),  # six tiles
+        ("gpt-4o", 4096, 8192, "low", 85),
+        ("gpt-4o-mini", 4096, 8192, "low", 2833),
+        ("gpt-5", 1024, 1024, "high", 630),
+        ("gpt-4.1-mini", 1024, 1024, "high", 1659),  # 1,024 patches x 1.62
+        ("o4-mini", 1800, 2400, "high", 2498),  # 1,452 patches x 1.72
+        ("anthropic/claude-sonnet-4-5", 200, 200, "auto", 54),  # Anthropic's table
+        ("claude-sonnet-4-5", 1000, 1000, "auto", 1334),
+        ("claude-sonnet-4-5", 1092, 1092, "auto", 1590),
+        ("claude-sonnet-4-5", 4000, 4000, "auto", 1600),
+        ("google/gemini-2.5-flash", 384, 384, "auto", 258),  # Google's guide
+        ("gemini-2.5-flash", 960, 540, "auto", 1548),  # six tiles
+    ],
+)
+def test_the_vendors_own_examples(model, width, height, detail, tokens):
+    assert rule_of(model)(width, height, detail) == tokens
+
+
+def test_a_model_without_a_published_rule_has_none():
+    assert rule_of("mistral/pixtral-12b") is None
+    assert tokens_of("mistral/pixtral-12b", _request(_file("PNG"))) is None
+    assert tokens_of("mistral/pixtral-12b", {"messages": [{"role": "user", "content": "hi"}]}) == 0
+
+
+def _file(form: str, **how: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (96, 40)).save(buffer, form, **how)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("form", "how"),
+    [
+        ("PNG", {}),
+        ("GIF", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("WEBP", {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\0"}),
+    ],
+)
+def test_the_size_stands_in_the_first_bytes(form, how):
+    raw = _file(form, **how)
+    assert size_of(raw) == (96, 40)
+    assert all(size_of(raw[:count]) in (None, (96, 40)) for count in range(60))
+
+
+def _request(raw: bytes) -> dict[str, object]:
+    url = "data:image/png;base64," + base64.b64encode(raw).decode()
+    parts = [{"type": "text", "text": "what is this"}, {"type": "image_url", "image_url": {"url": url}}]
+    return {"messages": [{"role": "user", "content": parts}]}
+
+
+def test_a_plan_counts_pictures_by_the_candidates_rule(tmp_path: Path):
+    words = Tokenizer(models.WordLevel({"what": 0, "is": 1, "this": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    call = Counted(_request(_file("PNG")), prompt_tokens=100)
+    found = token_ratio(tmp_path / "tokenizer.json", [call], "google/gemini-2.5-flash")
+    assert found.mean == pytest.approx((3 + 258) / 100)
+    assert token_ratio(tmp_path / "tokenizer.json", [call], "local/nobody") is None
