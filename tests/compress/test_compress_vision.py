@@ -254,7 +254,7 @@ def test_sound_at_another_rate_is_the_same_wave():
 def test_the_commands_take_chats_with_pictures_beside_their_file(tmp_path: Path):
     teacher = seeing.saved("idefics3", tmp_path / "teacher")
     lines: list[str] = []
-    for number, chat in enumerate(seeing.chats() * 2):
+    for number, chat in enumerate([*seeing.chats(), *seeing.chats()]):
         for part in chat[0]["content"] if isinstance(chat[0]["content"], list) else []:
             if part["type"] == "image_url" and number % 2:
                 raw = base64.b64decode(part["image_url"]["url"].partition(",")[2])
