@@ -238,10 +238,25 @@ def blind(trained: list[Question], asked: list[Question]) -> float:
     return sum(best.get(q.text) == q.answer for q in asked) / len(asked)
 
 
-def measure(folder: Path, count: int, heal: int, asked: int, pictures: int) -> Result:
+class Sizes(NamedTuple):
+    """How much of everything."""
+
+    steps: int
+    heal: int
+    """Tokens of healing."""
+    asked: int
+    """Questions that all three are asked."""
+    pictures: int
+    """To train on; 0: all."""
+    about: str = ""
+    """Only questions with these words; empty: every kind."""
+
+
+def measure(folder: Path, sizes: Sizes) -> Result:
     """Train the teacher, take 30% of its language parameters, heal, ask all three the same questions."""
     started = time.process_time()
-    trained, tested = questions("train"), questions("test")
+    count, heal, asked, pictures, about = sizes
+    trained, tested = ([q for q in questions(part) if about in q.text] for part in ("train", "test"))
     processor = processor_of([text for q in (*trained, *tested) for text in (q.text, q.answer)])
     model = new_model(processor, 0)
     shown = encoded(processor, trained if not pictures else _of_pictures(trained, pictures))
@@ -295,14 +310,16 @@ def main() -> None:
     parser.add_argument("--heal", type=int, default=80_000)
     parser.add_argument("--asked", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=1200, help="Train on so many pictures (0: all).")
+    parser.add_argument("--about", default="", help="Only questions with these words.")
     given = parser.parse_args()
+    sizes = Sizes(**vars(given))
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), given.steps, given.heal, given.asked, given.pictures)
+        found = measure(Path(folder), sizes)
     plan, report = found.report.plan, found.report
     print(
         f"An Idefics3 of {plan.parameters_before + found.tower:,} parameters, {plan.parameters_before:,} of "
-        f"them language, trained here on easy-VQA for {given.steps:,} steps; {given.asked:,} questions about "
-        "pictures that nobody trained on.\n"
+        f"them language, trained here on easy-VQA for {given.steps:,} steps; {given.asked:,} questions "
+        f"{f'with the words {given.about!r} ' if given.about else ''}about pictures that nobody trained on.\n"
     )
     print("| | language parameters | accuracy | of the teacher's |")
     print("| --- | --- | --- | --- |")
