@@ -15,7 +15,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHES = ("gateway", "recording", "catalog", "evaluate", "rollout", "pruning", "distillation", "serving")
+BENCHES = (
+    "gateway",
+    "recording",
+    "catalog",
+    "evaluate",
+    "rollout",
+    "pruning",
+    "distillation",
+    "vision",
+    "serving",
+)
 RESULTS = HERE / "RESULTS.md"
 
 

@@ -196,9 +196,11 @@ def _loss(model: Any, part: list[tuple[Shown, list[Document]]]) -> torch.Tensor:
         for place, answer in enumerate(document.answer):
             if answer:
                 labels[row, place - 1] = document.tokens[place]
-    states = model.model(
-        input_ids=tokens, image_hidden_states=features[each], use_cache=False
-    ).last_hidden_state
+    core = model.model
+    inside = core.text_model.embed_tokens(tokens)
+    shown = (tokens == model.config.image_token_id)[..., None].expand_as(inside)
+    inside = inside.masked_scatter(shown, features[each])
+    states = core.text_model(inputs_embeds=inside, use_cache=False).last_hidden_state
     learnt = labels >= 0
     return functional.cross_entropy(model.lm_head(states[learnt]), labels[learnt])
 
