@@ -329,6 +329,8 @@ def test_capture_then_distil_without_the_teacher(folder: Path, student: Path, da
     assert (tmp_path / "healed.svg").read_text().startswith("<svg")
     with pytest.raises(ModelError, match="of another teacher"):
         invoke(commands.distil, student, *common, "--targets", tmp_path / "targets")
+    with pytest.raises(ModelError, match="of another teacher"):
+        invoke(commands.distil, tmp_path / "mistyped", *common, "--targets", tmp_path / "targets")
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(chat("is the dog on it", "no")))
     with pytest.raises(ModelError, match="1 of 1 are missing"):

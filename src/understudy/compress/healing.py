@@ -111,9 +111,12 @@ def _teacher(
 
 def _require_origin(found: Targets, job: HealJob, student: Loaded, documents: Sequence[Document]) -> None:
     """Raises ModelError for targets of another teacher, tokenizer, chat template or text."""
-    path = resolve_path(job.teacher, Path()) if job.teacher else None
-    teacher = checkpoint.digest_of(path) if path is not None and path.exists() else found.origin.teacher
     kept = found.origin
+    path = resolve_path(job.teacher, Path()) if job.teacher else None
+    # a hub id is known by its commit, which needs the hub: it is taken at its word
+    by_word = not job.teacher or kept.teacher.startswith("hub:")
+    teacher = kept.teacher if by_word else job.teacher
+    teacher = checkpoint.digest_of(path) if path is not None and path.exists() else teacher
     own = origin_of(
         teacher, student.tokenizer, kept.vocab, kept.row_tokens, top=kept.top, samples=kept.samples
     )

@@ -67,8 +67,9 @@ class SmallAdamW(torch.optim.Optimizer):
 def clip(parameters: Sequence[nn.Parameter], most: float, peers: Processes) -> float:
     """Scale all gradients so that their common norm is at most ``most``; returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    here = sum(float(local(g).double().square().sum()) for g in gradients if is_sharded(g))
-    everywhere = sum(float(g.double().square().sum()) for g in gradients if not is_sharded(g))
+    # squared in Python's float64: no tensor is copied
+    here = sum(float(local(g).norm()) ** 2 for g in gradients if is_sharded(g))
+    everywhere = sum(float(g.norm()) ** 2 for g in gradients if not is_sharded(g))
     norm = math.sqrt(peers.summed([here])[0] + everywhere)
     if norm > most:
         for gradient in gradients:
