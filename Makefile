@@ -31,8 +31,9 @@ check: $(STAMPS)/installed ## Lint, format, types, import direction, generated d
 bench: $(STAMPS)/installed $(STAMPS)/demo $(STAMPS)/bench ## Measure speed, memory and quality; write bench/RESULTS.md
 	$(BIN)/python bench/run.py
 
-docs: $(STAMPS)/installed ## Write docs/commands.md from the commands' own help
+docs: $(STAMPS)/installed ## Write the generated pages of docs
 	$(BIN)/python docs/commands.py
+	$(BIN)/python docs/architectures.py
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; expected Python 3.11; next: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
