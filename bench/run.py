@@ -21,6 +21,8 @@ BENCHES = (
     "catalog",
     "evaluate",
     "rollout",
+    "shadow",
+    "dashboard",
     "pruning",
     "distillation",
     "vision",

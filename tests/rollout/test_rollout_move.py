@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,28 @@ def test_a_trial_is_begun_held_resumed_and_ended(run: Callable[..., Result]) -> 
     ended = msgspec.json.decode(run("abort", "assistant", "--json").output)["now"]
     assert (ended["stage"], ended["model"], ended["candidate"]) == ("rolled_back", "openai/gpt-4.1", "")
     assert isinstance(run("abort", "assistant").exception, InputError)
+
+
+def test_a_step_is_told_to_the_webhook(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[dict[str, Any]] = []
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.append(msgspec.json.decode(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/")
+        Path("understudy.toml").write_text(CONFIG + '[rollout]\nwebhook = "env:HOOK"\n')
+        run("start", "assistant", "--to", "local/student")
+        done = run("run", "--once")
+        server.shutdown()
+    assert done.exit_code == 0
+    assert [(told["source"], told["route"]["stage"]) for told in heard] == [("understudy rollout", "shadow")]
 
 
 def test_a_certificate_that_does_not_verify_starts_nothing(

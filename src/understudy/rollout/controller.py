@@ -162,13 +162,13 @@ async def watch_over(
 ) -> None:
     """Run until cancelled; ``told`` hears of every step taken and, under ``once``, of every trial.
 
-    A store that cannot be reached is tried again.
+    It is called in a thread, for it may speak to a webhook. A store that cannot be reached is tried again.
     """
     while True:
         try:
             for report in await controller.step():
                 if once or not report.missing:
-                    told(report)
+                    await asyncio.to_thread(told, report)  # a webhook may take its time
         except UserError as error:
             if once:
                 raise
