@@ -97,14 +97,14 @@ def multiply(database: Database, times: int) -> None:
     """Copies of every call, each a little earlier than the last; then the hourly sums anew."""
     others = CALL_COLUMNS.removeprefix("key, at, ")
     shift = DAYS * 86_400 / SEED / times
+    database.execute("CREATE TEMP TABLE first AS SELECT * FROM calls")
     for copy in range(1, times):
         back = copy * shift
         moment = f"printf('%012x', CAST((at - {back}) * 1000 AS INTEGER))"
         key = f"{moment} || printf('8%07x', {copy}) || substr(key, 21)"
         with database.transaction():
             database.execute(
-                f"INSERT INTO calls ({CALL_COLUMNS}) SELECT {key}, at - {back}, {others} "
-                f"FROM calls WHERE substr(key, 13, 1) = '7'"
+                f"INSERT INTO calls ({CALL_COLUMNS}) SELECT {key}, at - {back}, {others} FROM first"
             )
     sums = {
         "calls": "COUNT(*)", "failed": "SUM(status >= 400)", "priced": "SUM(cost_usd IS NOT NULL)",
