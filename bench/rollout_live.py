@@ -264,10 +264,12 @@ class World:
             running = [r.alias for r in self.store.routes().values() if r.stage in UNDER_WAY]
             told(f"wave {wave}: {len(running)} under way, {sum(self.sent.values())} tasks")
             if not running:
-                return
+                break
             await self._wave(running, wave)
             await self._settled()
             await self.controller.step()
+        for client in self.clients:
+            client.transport.close()
 
     async def _wave(self, aliases: Sequence[str], wave: int) -> None:
         waiting = [(alias, f"{alias}-{wave}-{n}") for n in range(self.case.wave) for alias in aliases]
