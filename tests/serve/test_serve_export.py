@@ -28,6 +28,7 @@ from understudy.serve.gguf_layout import rope_factors, shape_of
 from understudy.serve.k_quants import quantize_k
 from understudy.serve.llama_scorer import LlamaScorer, open_scorer
 from understudy.serve.llamacpp import LlamaCppEngine
+from understudy.serve.speed import tokens_per_second
 
 Maker = Callable[..., Path]
 LLAMA3_ROPE = {
@@ -327,3 +328,10 @@ def test_no_folder_and_no_such_kind(checkpoint: Path, tmp_path: Path) -> None:
         export_gguf(checkpoint, tmp_path / "none" / "m.gguf", "f16")
     with pytest.raises(ModelError, match="q3_k"):
         export_gguf(checkpoint, tmp_path / "m.gguf", "q3_k")
+
+
+def test_speed_is_measured_on_the_engine(checkpoint: Path, gguf: Path, tmp_path: Path) -> None:
+    from understudy.cli import compress as commands
+
+    assert 10 < tokens_per_second(gguf, threads=1) < 1e6
+    assert 10 < commands._speed(_copy(checkpoint, tmp_path / "copy")) < 1e6

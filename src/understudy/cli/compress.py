@@ -48,6 +48,7 @@ def _text_options(command: F) -> F:
 @click.argument("teacher")
 @click.option("--out", type=OUT, required=True, help="Folder of the pruned checkpoint.")
 @click.option("--params", default="", help="Share to keep (0.75) or a count (108M).  [default: 0.75]")
+@click.option("--latency", default=0.0, help="Tokens per second to reach on llama.cpp here, in F16.")
 @click.option("--ffn", default=0, help="FFN channels per layer.")
 @click.option("--heads", default=0, help="Query heads per layer.")
 @click.option("--kv-heads", default=0, help="KV heads per layer.")
@@ -77,6 +78,7 @@ def prune(
     teacher: str,
     out: Path,
     params: str,
+    latency: float,
     ffn: int,
     heads: int,
     kv_heads: int,
@@ -110,6 +112,7 @@ def prune(
         layers=layers,
         shape=shape,
         experts=experts,
+        latency=latency,
     )
     with _bars() as progress:
         job = single.PruneJob(
@@ -120,6 +123,7 @@ def prune(
             _texts(calibration, alias, config_path),
             tokens,
             Method(score=score),
+            speed=_speed,
         )
         plan = single.prune_only(job, lambda p: click.echo(str(p), err=True), progress, dry_run=dry_run)
     print_json(plan) if as_json else click.echo(f"plan: {plan.parameters_after:,} parameters → {out}")
@@ -460,6 +464,14 @@ def _score(exchange: Exchange) -> float | None:
 def _train_exchanges(alias: str | None, config: Config) -> list[Exchange]:
     """Recorded calls on the training side of the split."""
     return _split_traffic(alias, config).train
+
+
+def _speed(checkpoint: Path) -> float:
+    """Tokens a second of a checkpoint on llama.cpp, in F16."""
+    from understudy.serve.export import export_gguf
+    from understudy.serve.speed import tokens_per_second
+
+    return tokens_per_second(export_gguf(checkpoint, checkpoint / "f16.gguf", "f16").path)
 
 
 def _config(path: Path) -> Config:

@@ -455,16 +455,20 @@ def parameters(shape: Shape, extras: Extras) -> int:
 def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) -> None:
     """Spell a shape in the model's configuration, `head_dim` always written out where heads are an axis."""
     family = family_of(model)
-    config = family.config(model)
+    spell_shape(family.config(model), shape, kept_layers, heads=not family.heads_fixed)
+    if family.host is not None:
+        family.host.write_width(model, shape.hidden)
+
+
+def spell_shape(config: Any, shape: Shape, kept_layers: list[int], *, heads: bool = True) -> None:
+    """Spell a shape in a decoder's configuration."""
     config.num_hidden_layers = shape.layers
     config.hidden_size = shape.hidden
     config.intermediate_size = shape.ffn
-    if not family.heads_fixed:
+    if heads:
         config.num_attention_heads = shape.heads
         config.num_key_value_heads = shape.kv_heads
         config.head_dim = shape.head_dim
-    if family.host is not None:
-        family.host.write_width(model, shape.hidden)
     if getattr(config, "layer_types", None) and len(config.layer_types) != len(kept_layers):
         config.layer_types = [config.layer_types[i] for i in kept_layers]
         if hasattr(config, "max_window_layers"):  # Qwen's: layers below it attend to everything

@@ -33,7 +33,8 @@ from understudy.compress.corpus import (
 from understudy.compress.decoder import Shape, extras_of, family_of, may_share, parameters, shape_of
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.journal import Journal
-from understudy.compress.plan import Plan
+from understudy.compress.pace import Speed, Track
+from understudy.compress.plan import Measured, Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import Method
 from understudy.compress.search import Budget, cheapest
@@ -48,6 +49,8 @@ BATCH_TOKENS = 2048
 LEAST_TOKENS = 64
 """Fewer tokens of calibration than this say nothing."""
 
+ATTEMPTS = 3
+"""Shapes measured on the engine before a latency is given up."""
 STATISTICS_TOKENS, PROBE_TOKENS = 2_048, 512
 """Tokens that a shape is searched on: those statistics are taken of, and those KL is measured on."""
 
@@ -65,6 +68,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     layers: int = 0
     shape: Literal["uniform", "per-layer"] = "uniform"
     experts: int = 0
+    latency: float = 0.0
+    """Tokens a second to reach."""
 
 
 class PruneJob(NamedTuple):
@@ -78,6 +83,8 @@ class PruneJob(NamedTuple):
     tokens: int
     method: Method = Method()
     seed: int = 0
+    speed: Speed | None = None
+    """What measures tokens a second, where a latency is asked for."""
 
 
 def prune_only(
@@ -93,7 +100,7 @@ def prune_only(
     path = job.out.with_name(job.out.name + ".plan.json")
 
     def decide() -> Plan:
-        return plans.load(job.plan) if job.plan else _planned(loaded, job.sizes, read, progress)
+        return plans.load(job.plan) if job.plan else _planned(loaded, job, read, progress)
 
     if dry_run:
         plan = decide()
@@ -128,9 +135,10 @@ def _identity(job: PruneJob, loaded: checkpoint.Loaded, calibration: list[Docume
 
 
 def _planned(
-    loaded: checkpoint.Loaded, sizes: Sizes, read: Callable[[], list[Document]], progress: Progress
+    loaded: checkpoint.Loaded, job: PruneJob, read: Callable[[], list[Document]], progress: Progress
 ) -> Plan:
-    plan = decided(shape_of(loaded.model), loaded, sizes, read, progress)
+    sizes = job.sizes
+    plan = decided(shape_of(loaded.model), loaded, sizes, read, progress, job.speed)
     if sizes.shape == "uniform":
         return plan
     extras = extras_of(loaded.model)
@@ -157,10 +165,12 @@ def decided(
     sizes: Sizes,
     read: Callable[[], list[Document]] | None = None,
     progress: Progress = silent,
+    speed: Speed | None = None,
 ) -> Plan:
     """The plan for what was asked; nothing asked: three quarters of a dense teacher.
 
-    With texts to ``read`` the shape for a budget is measured on them, otherwise it follows from a rule. A
+    With texts to ``read`` the shape for a budget is measured on them, otherwise it follows from a rule; with
+    ``speed`` the budget may be a latency. A
     mixture without params, FFN or experts asked becomes as wide as what one token passes in it.
     """
     extras = extras_of(loaded.model)
@@ -169,29 +179,59 @@ def decided(
     elif msgspec.structs.replace(sizes, shape="uniform") == Sizes():
         sizes = msgspec.structs.replace(sizes, params="0.75")
     given = {axis: getattr(sizes, axis) for axis in ("heads", "kv_heads", "hidden", "layers")}
-    by_rule = not sizes.params or sizes.ffn or sizes.experts or extras.mixed or extras.attention
-    by_rule = by_rule or family_of(loaded.model).host is not None
+    fixed = extras.mixed or extras.attention or family_of(loaded.model).host is not None
+    if sizes.latency and (fixed or read is None or speed is None or sizes.params or sizes.ffn):
+        raise InputError(
+            f"latency = {sizes.latency:g} tokens a second",
+            expected="a dense text model, texts to measure on, and neither params nor ffn beside it",
+        )
+    by_rule = not (sizes.params or sizes.latency) or sizes.ffn or sizes.experts or fixed
     if by_rule or read is None:
         return plans.decide(shape, extras, params=sizes.params, ffn=sizes.ffn, experts=sizes.experts, **given)
     start = plans.decide(shape, extras, **given).student
-    return _searched(loaded.model, start, sizes.params, read(), progress)
+    search = _Search(loaded.model, start, read(), progress)
+    if sizes.latency and speed:
+        return search.for_latency(sizes.latency, Track(loaded.model, loaded.tokenizer, speed))
+    return search.for_parameters(sizes.params)
 
 
-def _searched(
-    model: PreTrainedModel, start: Shape, params: str, documents: list[Document], progress: Progress
-) -> Plan:
-    teacher, extras = shape_of(model), extras_of(model)
-    wanted = plans.wanted_parameters(params, parameters(teacher, extras))
-    unit = f"{wanted / 1e6:.1f}M parameters"
-    text, probe = (batched(part, 2, model) for part in _parts(documents))
+class _Search:
+    """The cheapest shape for a budget, measured on these texts."""
 
-    def cost(shape: Shape) -> int:
-        return parameters(shape, extras)
+    def __init__(
+        self, model: PreTrainedModel, start: Shape, documents: list[Document], progress: Progress
+    ) -> None:
+        self.model, self.start, self.progress = model, start, progress
+        self.teacher, self.extras = shape_of(model), extras_of(model)
+        self.text, self.probe = (batched(part, 2, model) for part in _parts(documents))
 
-    found = cheapest(model, start, Budget(cost, wanted, unit), text, probe, progress)
-    whole = sum(measured.axis == "plan" for measured in found)
-    reason = f"the least measured KL of {whole} shapes within {unit}, {len(found) - whole} tried axis by axis"
-    return plans.plan_of(teacher, found[0].shape, extras, reason, found)
+    def for_parameters(self, params: str) -> Plan:
+        wanted = plans.wanted_parameters(params, parameters(self.teacher, self.extras))
+        unit = f"{wanted / 1e6:.1f}M parameters"
+        found = self._cheapest(Budget(lambda shape: parameters(shape, self.extras), wanted, unit))
+        return self._plan(found, f"within {unit}")
+
+    def for_latency(self, target: float, track: Track) -> Plan:
+        """At least ``target`` tokens a second, as measured; a cost that flatters is put right."""
+        pace, most = track.pace(self.progress), 1 / target
+        for _ in range(ATTEMPTS):
+            found = self._cheapest(Budget(pace.seconds, most, f"{target:g} tokens a second"))
+            reached = track.measure(found[0].shape)
+            if reached >= target:
+                return self._plan(found, f"at {target:g} tokens a second and more ({reached:.0f} measured)")
+            most *= 0.98 * reached / target
+        raise InputError(
+            f"{target:g} tokens a second: {reached:.0f} reached after {ATTEMPTS} attempts",
+            expected="a target that this machine reaches while nothing else runs on it",
+        )
+
+    def _cheapest(self, budget: Budget) -> list[Measured]:
+        return cheapest(self.model, self.start, budget, self.text, self.probe, self.progress)
+
+    def _plan(self, found: list[Measured], within: str) -> Plan:
+        whole = sum(measured.axis == "plan" for measured in found)
+        reason = f"the least measured KL of {whole} shapes {within}, {len(found) - whole} tried axis by axis"
+        return plans.plan_of(self.teacher, found[0].shape, self.extras, reason, found)
 
 
 def _parts(documents: list[Document]) -> tuple[list[Document], list[Document]]:

@@ -181,6 +181,13 @@ class LlamaScorer:
         tops = [tuple(zip(b, v, strict=True)) for b, v in zip(best.tolist(), values.tolist(), strict=True)]
         return [_Place(*pair) for pair in zip(chosen.tolist(), tops, strict=True)]
 
+    def generate(self, count: int) -> None:
+        """Compute ``count`` tokens one after the other, as generation does; which ones does not matter."""
+        self._cut_to_common((), self._top)
+        for place in range(count):
+            self._decode([0], place)
+        self._cut_to_common((), self._top)
+
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for; a control token's name."""
         buffer = c.create_string_buffer(512)
