@@ -208,12 +208,15 @@ class _Search:
     def for_parameters(self, params: str) -> Plan:
         wanted = plans.wanted_parameters(params, parameters(self.teacher, self.extras))
         unit = f"{wanted / 1e6:.1f}M parameters"
-        found = self._cheapest(Budget(lambda shape: parameters(shape, self.extras), wanted, unit))
+        found = self._cheapest(Budget(self._parameters, wanted, unit))
         return self._plan(found, f"within {unit}")
+
+    def _parameters(self, shape: Shape) -> int:
+        return parameters(shape, self.extras)
 
     def for_latency(self, target: float, track: Track) -> Plan:
         """At least ``target`` tokens a second, as measured; a cost that flatters is put right."""
-        pace, most = track.pace(self.progress), 1 / target
+        pace, most, reached = track.pace(self.progress), 1 / target, 0.0
         for _ in range(ATTEMPTS):
             found = self._cheapest(Budget(pace.seconds, most, f"{target:g} tokens a second"))
             reached = track.measure(found[0].shape)
