@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import os
 import re
@@ -124,20 +123,18 @@ def with_parameters(teacher: Shape, extras: Extras, axis: str) -> Iterator[tuple
 
 
 def curve(
-    loaded: checkpoint.Loaded, text: Texts, tokens: int, probe: int, keep: Keep
+    loaded: checkpoint.Loaded, text: Texts, arguments: argparse.Namespace, keep: Keep
 ) -> list[dict[str, Any]]:
     """Axes refitted and peers sliced, all in one pass; then the chosen mix for each budget, tried whole."""
     shape, extras = shape_of(loaded.model), extras_of(loaded.model)
+    tokens, probe, axes = arguments.statistics, arguments.probe, arguments.axes.split(",")
     tryout = Tryout(loaded.model, batched(text.calibration, tokens), batched(text.held_out, probe))
 
     def line(name: str, found: Any) -> dict[str, Any]:
         return {"name": name, "parameters": parameters(found.shape, extras), "kl": found.kl}
 
     def singles() -> list[dict[str, Any]]:
-        points = {
-            axis: list(with_parameters(shape, extras, axis))
-            for axis in ("ffn", "heads", "kv_heads", "hidden")
-        }
+        points = {axis: list(with_parameters(shape, extras, axis)) for axis in axes}
         ours = [(f"ours, {axis}", Trial(axis, s)) for axis, at in points.items() for _, s in dict(at).items()]
         peers = [
             (f"{peer}, FFN sliced", Trial("ffn", s, sliced=True, score=score_of(peer)))
@@ -153,6 +150,8 @@ def curve(
         return [line(name, found) for (name, _), found in zip(trials, measured, strict=True)]
 
     found = keep.get(f"curve {tokens} {probe}", singles)
+    if not arguments.mix:
+        return found
     mixes = [Trial("plan", mix(loaded, text, share, keep)) for share in SHARES]
     chosen = keep.get(
         f"mix {tokens} {probe}",
@@ -364,12 +363,17 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=8_000, help="tokens")
     parser.add_argument("--statistics", type=int, default=8_000, help="tokens, for the curve")
     parser.add_argument("--probe", type=int, default=1_000, help="held-out tokens, for the curve")
+    parser.add_argument("--axes", default="ffn,heads,kv_heads,hidden", help="ours, in the curve")
+    parser.add_argument("--mix", action="store_true", help="search the best shape of each budget: minutes")
     parser.add_argument("--layers", type=int, default=64, help="of the random model whose memory is measured")
     parser.add_argument("--only", default="", help="points, curve, gemma or memory")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "understudy-pruning.jsonl")
     arguments = parser.parse_args()
     keep = Keep(arguments.keep)
-    wants = functools.partial(lambda part: arguments.only in ("", part))
+
+    def wants(part: str) -> bool:
+        return arguments.only in ("", part)
+
     loaded = checkpoint.load(TEACHER)
     text = texts(loaded.tokenizer)
     before = loaded.model.num_parameters()
@@ -385,7 +389,7 @@ def main() -> None:
                 flush=True,
             )
     if wants("curve"):
-        lines = curve(loaded, text, arguments.statistics, arguments.probe, keep)
+        lines = curve(loaded, text, arguments, keep)
         print(
             f"\nKL against parameters removed, layers cut side by side on {arguments.statistics:,} tokens:\n"
         )

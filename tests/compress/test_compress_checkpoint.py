@@ -98,3 +98,26 @@ def test_an_error_while_saving_leaves_the_old_checkpoint(folder: Path, make, tok
         run_full()
     assert checkpoint.digest_of(folder) == before
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_hub_id_is_read_from_the_cache_with_its_licence(
+    folder: Path, tmp_path: Path, monkeypatch, make, logits
+):
+    """The hub's cache as it lies on disk: a commit, and a name for it."""
+    from huggingface_hub import constants
+
+    (folder / "LICENSE").write_text("theirs")
+    repository = tmp_path / "cache" / "models--owner--name"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abcd" * 5)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / ("0123abcd" * 5))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    loaded = checkpoint.load("owner/name")
+    assert loaded.digest == "hub:" + "0123abcd" * 5
+    torch.testing.assert_close(logits(loaded.model), logits(make()), rtol=0, atol=0)
+    out = checkpoint.save(loaded.model, loaded.tokenizer, tmp_path / "out", licence_from=loaded.folder)
+    assert (out / "LICENSE").read_text() == "theirs"
+    with pytest.raises(ModelError, match="cannot load owner/another"):
+        checkpoint.load("owner/another")
