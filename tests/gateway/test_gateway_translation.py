@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import msgspec
 import openai
 import pytest
 import vendors
@@ -30,7 +31,7 @@ from faulty_upstream import (
     until,
 )
 
-from understudy.config import Config, parse
+from understudy.config import Config, Gateway, parse
 from understudy.protocol import Usage
 
 COUNTED = Usage(prompt_tokens=45, completion_tokens=7, cached_tokens=30, reasoning_tokens=2)
@@ -586,6 +587,21 @@ async def test_a_fallback_that_cannot_be_asked_leaves_the_vendors_error(
     assert [a.target for a in call.attempts if "logit_bias" in a.error] == ["anthropic/m"]
 
 
+async def test_who_rests_is_asked_sooner_than_one_who_cannot_be(
+    tmp_path: Path, upstream: FaultyUpstream, second: FaultyUpstream
+) -> None:
+    upstream.script = [sends(http(503, b'{"error":{"message":"down"}}'))] * 2 + [vendors.openai()]
+    config = config_of(tmp_path, ("openai", upstream), ("anthropic", second))
+    config = msgspec.structs.replace(
+        config, gateway=Gateway(listen="127.0.0.1:0", break_after=1, rest_s=60.0)
+    )
+    async with running(config) as gateway:
+        assert (await ask(gateway.port, chat(logit_bias={"1": 5}))).status == 503
+        upstream.script = [vendors.openai()]
+        assert (await ask(gateway.port, chat(logit_bias={"1": 5}))).status == 200
+    assert second.served == []
+
+
 MIDWAY = vendors.anthropic_events(vendors.anthropic_blocks({}))[:5]
 
 
@@ -694,6 +710,21 @@ async def test_a_client_that_goes_takes_the_vendors_call_with_it(
         await until(lambda: calls(tmp_path))
     (call,) = calls(tmp_path)
     assert (call.status, call.usage_estimated) == (499, True)
+
+
+async def test_a_messages_client_that_hangs_up_at_the_last_event_has_had_its_answer(
+    tmp_path: Path, upstream: FaultyUpstream
+) -> None:
+    raw = vendors.sse(vendors.anthropic_events(vendors.anthropic_blocks({})), named=True)
+    upstream.script = [sends(SSE_HEAD + chunk(raw), then="stall")]
+    body = {"model": "assistant", "max_tokens": 9, "stream": True, "messages": []}
+    async with running(config_of(tmp_path, ("anthropic", upstream))) as gateway:
+        async with raw_client(gateway.port) as client:
+            client.writer.write(post(body, "/v1/messages"))
+            await client.reader.readuntil(b'{"type": "message_stop"}')
+        await until(lambda: calls(tmp_path))
+    (call,) = calls(tmp_path)
+    assert (call.status, call.usage) == (200, CACHE_COUNTED)
 
 
 async def test_a_vendor_that_waits_after_its_last_event_holds_nobody_up(

@@ -53,13 +53,10 @@ class Client(Protocol):
 
 
 _LAST: dict[Route, tuple[bytes, ...]] = {
-    "chat.completions": (b"data: [DONE]",),
-    "completions": (b"data: [DONE]",),
-    "embeddings": (),
     "messages": (b'"message_stop"',),
     "responses": (b'"response.completed"', b'"response.incomplete"', b'"response.failed"'),
 }
-"""What the last event of a stream says, by route."""
+"""What the last event of a stream says where it is not [DONE]; in a text the quotes would be escaped."""
 
 
 class Exchange:
@@ -111,6 +108,9 @@ class Exchange:
         self._plane.exchanges.add(self)
         self._place = self._willing(0)
         refusal = self._say(self._target)
+        if refusal is not None and self._place:
+            self._place = 0  # who rests is asked sooner than nobody
+            refusal = self._say(self._target)
         if refusal is None or (self._target.on_trial and self._move_on()):
             self._try()
         else:
@@ -386,8 +386,12 @@ class Exchange:
 
     def _said_done(self) -> bool:
         """Whether the last event relayed was the stream's last."""
-        last = b"".join(self._tap[-2:]).rstrip().rpartition(b"\n\n")[2]
-        return any(mark in last for mark in _LAST[self._call.route])
+        end = b"".join(self._tap[-2:]).rstrip()
+        marks = _LAST.get(self._call.route)
+        if marks is None:
+            return end.endswith(b"data: [DONE]")
+        last = end.rpartition(b"\n\n")[2]
+        return any(mark in last for mark in marks)
 
     def pause(self) -> None:
         """The client reads slower than the upstream writes."""
