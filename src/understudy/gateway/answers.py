@@ -24,6 +24,10 @@ DECODED_BYTES = 64 << 20
 """Longest answer unpacked from its content coding."""
 BYTES_PER_TOKEN = 4
 _LAST_EVENTS = 4
+_EVENT_BYTES = 90
+"""What an event of text has beside the text, about (Anthropic's messages, OpenAI's responses)."""
+
+T = TypeVar("T")
 
 
 class Seen(NamedTuple):
@@ -274,13 +278,6 @@ def _grown(raw: bytes, mark: bytes) -> tuple[int, int]:
     """Pieces and bytes of what a stream has said, nearly: the events' own words are taken off."""
     pieces = [data for data in iter_events(raw) if mark in data]
     return len(pieces), sum(max(0, len(data) - _EVENT_BYTES) for data in pieces)
-
-
-_EVENT_BYTES = 90
-"""What an event of text has beside the text, about."""
-
-
-T = TypeVar("T")
 
 
 def _decoded(decode: Callable[[bytes], T], raw: bytes) -> T | None:
