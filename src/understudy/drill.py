@@ -20,10 +20,11 @@ import msgspec
 
 from understudy import __version__
 from understudy import config as configuration
+from understudy.catalog.bindings import Binding
 from understudy.catalog.facts import Catalog, catalog_of
 from understudy.catalog.plan import Plan, make_plan
 from understudy.catalog.prices import rates_at
-from understudy.catalog.watch import Binding, Exposure, watch
+from understudy.catalog.watch import Exposure, watch
 from understudy.child import call, peak_memory, running
 from understudy.endpoint import HttpEndpoint
 from understudy.errors import InputError

@@ -12,6 +12,9 @@ from click.testing import CliRunner, Result
 
 from understudy.cli.main import main
 from understudy.errors import ConfigError, InputError
+from understudy.protocol import Usage
+from understudy.traffic.record import Call, new_key
+from understudy.traffic.store import open_store
 
 CONFIG = """
 [endpoints.openai]
@@ -141,6 +144,51 @@ def test_watch_within_no_days_takes_only_what_is_over(run: Callable[..., Result]
     Path("understudy.toml").write_text(CONFIG.replace('fallback = ["openai/gpt-4.1"]', ""))
     assert run("watch").exit_code == 0
     assert run("watch", "--within", "40000").exit_code == 1
+
+
+def record(alias: str, target: str, status: int = 200, answered_by: str = "") -> None:
+    call = Call(
+        key=new_key(),
+        at=time.time() - 3600,
+        route="chat.completions",
+        alias=alias,
+        target=target,
+        status=status,
+        usage=Usage(prompt_tokens=1000, completion_tokens=100) if status < 400 else None,
+        answered_by=answered_by,
+    )
+    with open_store("sqlite:///understudy.db", Path()) as store:
+        store.insert([call], alias, 1)
+
+
+def test_watch_names_ids_that_applications_ask_for_even_in_vain(run: Callable[..., Result]) -> None:
+    Path("understudy.toml").write_text(CONFIG.replace("hosted/smol", "openai/gpt-4o"))
+    record("gpt-4-0314", "openai/gpt-4-0314", status=404)
+    record("gpt-nobody-knows", "openai/gpt-nobody-knows", status=404)
+    record("assistant", "openai/gpt-4o", answered_by="gpt-4o-2024-05-13")
+    report = msgspec.json.decode(run("watch", "--json").output)
+    bound = {b["target"]: b["level"] for e in report["exposures"] for b in e["bindings"]}
+    assert bound["openai/gpt-4-0314"] == "requested"
+    assert bound["openai/gpt-4o-2024-05-13"] == "answering"
+    (answers,) = (e for e in report["exposures"] if e["target"] == "openai/gpt-4o-2024-05-13")
+    assert (answers["calls"], answers["bindings"][0]["name"]) == (1, "openai/gpt-4o")
+    assert "gpt-nobody-knows" not in str(report)
+
+
+def test_watch_tells_what_is_yours_from_what_nobody_knows(run: Callable[..., Result]) -> None:
+    served = CONFIG.replace("hosted/smol", "local/student").replace("openai/gpt-4.1", "hosted/b")
+    served += """
+[endpoints.local]
+base_url = "http://127.0.0.1:8091/v1"
+[serve]
+models = {student = "student.gguf"}
+[own]
+teacher = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""
+    Path("understudy.toml").write_text(served)
+    done = run("watch")
+    assert "nothing is known of: hosted/b\n" in done.output
+    assert "yours, whatever vendors do: local/student\n" in done.output
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from understudy import config
+from understudy.catalog.bindings import Binding
 from understudy.catalog.canary import (
     Reply,
     ask,
@@ -26,7 +27,6 @@ from understudy.catalog.events import Event, price_events, swap_events
 from understudy.catalog.facts import Catalog, load_catalog
 from understudy.catalog.notify import payload, send, slack_payload
 from understudy.catalog.tiers import parse_rules, target_tier, tiers_over_time
-from understudy.catalog.watch import Binding
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EndpointError, InputError
 from understudy.protocol import CallShape, Usage

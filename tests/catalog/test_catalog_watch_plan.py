@@ -11,12 +11,13 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from understudy.catalog.bindings import Binding, answering, bindings_of
 from understudy.catalog.facts import Catalog, ModelFacts, load_catalog
 from understudy.catalog.plan import Latency, Plan, Reason, TokenRatio, make_plan
 from understudy.catalog.prices import charge, rates_at
 from understudy.catalog.purpose import purpose_of
 from understudy.catalog.tokens import Counted, token_ratio
-from understudy.catalog.watch import Binding, bindings_of, severity, watch
+from understudy.catalog.watch import severity, watch
 from understudy.catalog.workload import Workload
 from understudy.config import parse
 from understudy.errors import InputError
@@ -31,6 +32,7 @@ class Led(NamedTuple):
 
     model: str
     fallback: tuple[str, ...]
+    candidate: str = ""
 
 
 OVERLAY = """
@@ -93,13 +95,13 @@ def test_severity(days: int | None, word: str) -> None:
     assert severity(days) == word
 
 
-def test_bindings_are_found_at_every_level(tmp_path: Path) -> None:
-    config = parse(
-        """
+BOUND = """
 [endpoints.v]
 base_url = "http://127.0.0.1:1/v1"
 [endpoints.w]
 base_url = "http://127.0.0.1:2/v1"
+[endpoints.local]
+base_url = "http://127.0.0.1:8091/v1"
 [aliases.assistant]
 model = "v/old"
 fallback = ["w/cheap"]
@@ -111,11 +113,16 @@ weights = {"v/forgotten" = 1.0}
 judge = "w/judge"
 [drill]
 candidates = ["w/understudy"]
-""",
-        "understudy.toml",
-        tmp_path,
-    )
-    routes = {"moved": Led("v/now", ("v/then",))}
+[own]
+teacher = "HuggingFaceTB/SmolLM2-135M-Instruct"
+[serve]
+models = {student = "own/student.gguf"}
+"""
+
+
+def test_bindings_are_found_at_every_level(tmp_path: Path) -> None:
+    config = parse(BOUND, "understudy.toml", tmp_path)
+    routes = {"moved": Led("v/now", ("v/then",), "v/tried")}
     requested = [("assistant", "v/old"), ("gpt-4o", "openai/gpt-4o"), ("gpt-4o", "openai/gpt-4o")]
     assert bindings_of(config, routes, requested) == [
         Binding("assistant", "v/old", "alias"),
@@ -123,10 +130,57 @@ candidates = ["w/understudy"]
         Binding("assistant", "w/cheap", "fallback"),
         Binding("moved", "v/now", "alias"),
         Binding("moved", "v/then", "fallback"),
+        Binding("moved", "v/tried", "trial"),
         Binding("drill", "w/understudy", "candidate"),
         Binding("evaluate", "w/judge", "judge"),
+        Binding("own", "HuggingFaceTB/SmolLM2-135M-Instruct", "teacher"),
+        Binding("serve", "local/student", "served", kept=True),
         Binding("gpt-4o", "openai/gpt-4o", "requested"),
     ]
+
+
+@pytest.mark.parametrize("teacher", ["package:nowhere/teacher.gguf", "teacher"])
+def test_a_teacher_that_is_a_file_of_yours_is_kept(tmp_path: Path, teacher: str) -> None:
+    (tmp_path / "teacher").mkdir()
+    serving = BOUND.replace("HuggingFaceTB/SmolLM2-135M-Instruct", teacher).replace("8091", "8092")
+    bound = bindings_of(parse(serving, "understudy.toml", tmp_path), {}, [])
+    assert [b for b in bound if b.kept] == [
+        Binding("own", teacher, "teacher", kept=True),
+        Binding("serve", "serve/student", "served", kept=True),  # no endpoint reaches it
+    ]
+
+
+class Told(NamedTuple):
+    target: str
+    answered_by: str
+    last_at: float
+    calls: int = 1
+    first_at: float = 0.0
+
+
+def test_the_dated_id_that_answers_now_is_bound_where_it_is_a_model_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(
+        "models:\n  v/big: {retires: 2030-01-01}\n  v/big-2024-08-06: {retires: 2027-01-01}\n"
+        "  v/big-2023-01-01: {retires: 2026-01-01}\n"
+    )
+    catalog = load_catalog(path)
+    bound = [Binding("assistant", "v/big", "alias"), Binding("other", "v/big", "fallback")]
+    answers = [
+        Told("v/big", "big-2023-01-01", 1.0),
+        Told("v/big", "big-2024-08-06", 2.0),
+        Told("v/unbound", "big-2024-08-06", 3.0),
+    ]
+    behind = answering(catalog, bound, answers)
+    assert behind == [Binding("v/big", "v/big-2024-08-06", "answering")]
+    ends = watch(catalog, [*bound, *behind], {}, NOW)
+    assert [(e.target, str(e.retires)) for e in ends] == [
+        ("v/big-2024-08-06", "2027-01-01"),
+        ("v/big", "2030-01-01"),
+    ]
+    # a date that nobody tells apart from its family, and a file's name, are no other model
+    for name in ("big-2025-05-05", "models/own.gguf", "big"):
+        assert answering(catalog, bound, [Told("v/big", name, 1.0)]) == []
 
 
 def test_watch_tells_days_exposure_and_successor(catalog: Catalog) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
+from understudy.catalog.bindings import Binding
 from understudy.catalog.events import Event
-from understudy.catalog.watch import Binding
 from understudy.endpoint import Endpoint
 from understudy.errors import InputError
 from understudy.protocol import prompt_hash

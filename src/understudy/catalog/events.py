@@ -9,14 +9,15 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
+from understudy.catalog.bindings import Answers, Binding
 from understudy.catalog.facts import Catalog
 from understudy.catalog.forecast import Forecast
 from understudy.catalog.prices import Rates, rates_at
-from understudy.catalog.watch import SEVERITIES, Binding, Exposure, Severity
+from understudy.catalog.watch import SEVERITIES, Exposure, Severity
 from understudy.catalog.workload import Workload
 from understudy.protocol import CallShape
 
@@ -56,6 +57,8 @@ class WatchReport(msgspec.Struct, frozen=True, kw_only=True):
     """Targets bound anywhere."""
     unknown: tuple[str, ...]
     """Targets of which the catalog knows nothing."""
+    kept: tuple[str, ...] = ()
+    """Targets that are files of your own, which nobody can retire."""
     exposures: tuple[Exposure, ...]
     """Every announced end, however far."""
     events: tuple[Event, ...]
@@ -63,21 +66,6 @@ class WatchReport(msgspec.Struct, frozen=True, kw_only=True):
     """Target to what is expected of it, where no end is announced."""
     catalog_read: str
     catalog_stale_days: int
-
-
-class Answers(Protocol):
-    """Who answered for one target; a `traffic.store.AnsweredBy` is one."""
-
-    @property
-    def target(self) -> str: ...
-    @property
-    def answered_by(self) -> str: ...
-    @property
-    def calls(self) -> int: ...
-    @property
-    def first_at(self) -> float: ...
-    @property
-    def last_at(self) -> float: ...
 
 
 def retirement_events(exposures: Iterable[Exposure], within: int) -> list[Event]:

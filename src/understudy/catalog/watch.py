@@ -1,25 +1,22 @@
 """Which bound models are dying, when, and what hangs on them.
 
-A model id is bound wherever it is written: an alias, its weights, a fallback, a judge, a candidate of the
-drill, or an application that asks for the id itself. It ignores what could take over (plan) and how the
-news is sent.
+It ignores where models are bound (bindings), what could take over (plan) and how the news is sent (notify).
 """
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
+from understudy.catalog.bindings import Binding
 from understudy.catalog.facts import Catalog, Fact, ModelFacts
 from understudy.catalog.prices import rates_at
 from understudy.catalog.workload import Workload
-from understudy.config import Config
 from understudy.protocol import CallShape
 
-Level = Literal["alias", "weight", "fallback", "judge", "candidate", "requested"]
 Severity = Literal["retired", "critical", "high", "medium", "low", "announced"]
 
 SEVERITIES: tuple[Severity, ...] = ("retired", "critical", "high", "medium", "low", "announced")
@@ -30,25 +27,6 @@ _WITHIN_DAYS: tuple[tuple[int, Severity], ...] = (
     (90, "high"),
     (180, "medium"),
 )
-
-
-class Binding(msgspec.Struct, frozen=True):
-    """One place that names a model."""
-
-    name: str
-    """The alias, or the id that applications ask for."""
-    target: str
-    """ENDPOINT/MODEL."""
-    level: Level
-
-
-class Led(Protocol):
-    """Where a rollout leads an alias; a `traffic.store.Route` is one."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def fallback(self) -> Sequence[str]: ...
 
 
 class Exposure(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,31 +74,6 @@ def watch(
         if (facts := catalog.find(target)) and (facts.retires or facts.deprecated)
     ]
     return sorted(found, key=_rank)
-
-
-def bindings_of(
-    config: Config, routes: Mapping[str, Led], requested: Iterable[tuple[str, str]]
-) -> list[Binding]:
-    """Where models are bound: by the config, by ``routes`` (alias to where a rollout leads it, which replaces
-    what the config says of it), and by applications.
-
-    ``requested`` are the pairs of name asked for and target seen in traffic; those that are no alias count.
-    """
-    bound: list[Binding] = []
-    for name, alias in config.aliases.items():
-        if name not in routes:
-            bound.append(Binding(name, alias.model, "alias"))
-            bound += [Binding(name, t, "weight") for t in alias.weights if t != alias.model]
-            bound += [Binding(name, t, "fallback") for t in alias.fallback]
-    for name, route in routes.items():
-        bound.append(Binding(name, route.model, "alias"))
-        bound += [Binding(name, t, "fallback") for t in route.fallback]
-    bound += [Binding("drill", t, "candidate") for t in config.drill.candidates]
-    if config.evaluate.judge:
-        bound.append(Binding("evaluate", config.evaluate.judge, "judge"))
-    known = {*config.aliases, *routes}
-    bound += [Binding(name, target, "requested") for name, target in requested if name not in known]
-    return list(dict.fromkeys(bound))
 
 
 def severity(days_left: int | None) -> Severity:

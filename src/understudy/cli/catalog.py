@@ -20,16 +20,19 @@ from understudy.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from understudy.catalog.bindings import Binding
     from understudy.catalog.canary import Reply
     from understudy.catalog.events import Event, WatchReport
     from understudy.catalog.facts import Catalog, ModelFacts
     from understudy.catalog.plan import Candidate, Key, Latency, Plan, TokenRatio
-    from understudy.catalog.watch import Binding, Exposure
+    from understudy.catalog.watch import Exposure
     from understudy.config import Config
     from understudy.protocol import CallShape
-    from understudy.traffic.store import Store
+    from understudy.traffic.store import AnsweredBy, Store
 
 
+FAILING_S = 30 * 86_400.0
+"""An id that was asked for in vain so long ago is forgotten."""
 COUNTED = 200
 """Latest calls whose texts are counted with a candidate's tokenizer."""
 
@@ -134,9 +137,10 @@ def watch(
 ) -> None:
     """Which of your models are dying, when, and what hangs on them.
 
-    Looks at every alias, fallback, judge, candidate and model id that applications ask for themselves; at
-    prices that changed or will; and at models swapped behind a name. Exits 0 when nothing of the kinds of
-    --fail-on happened, 1 otherwise, 2 on bad input: made for cron and CI.
+    Looks at every alias, weight and fallback, at models on trial, the judge, the drill's candidates, the
+    teacher and what you serve; at ids that applications ask for themselves and those that vendors answer
+    with; at prices that changed or will; and at models swapped behind a name. Exits 0 when nothing of the
+    kinds of --fail-on happened, 1 otherwise, 2 on bad input: made for cron and CI.
     """
     from understudy.catalog.notify import payload, send, slack_payload
 
@@ -273,14 +277,15 @@ def _watched(config: Config, within: int, since: int, canary: Path | None) -> Wa
     """Everything `watch` has to tell."""
     from understudy.catalog.events import WatchReport, price_events, retirement_events, swap_events
     from understudy.catalog.forecast import forecast
-    from understudy.catalog.watch import bindings_of
     from understudy.catalog.watch import watch as exposures
 
     now, catalog = time.time(), _catalog(config)
     with _store(config) as store:
-        bindings = bindings_of(config, store.routes(), [(use.alias, use.target) for use in store.models()])
-        shapes = {b.target: store.shapes(target=b.target) for b in bindings}
         answers = store.answered_by()
+        bindings = _bound(config, catalog, store, answers, now)
+        # what answers for a target has the target's calls
+        recorded = {b.target: b.name if b.level == "answering" else b.target for b in bindings}
+        shapes = {target: store.shapes(target=name) for target, name in recorded.items()}
     ending = exposures(catalog, bindings, shapes, now)
     events = retirement_events(ending, within)
     events += price_events(catalog, bindings, shapes, now, since_days=since)
@@ -288,17 +293,39 @@ def _watched(config: Config, within: int, since: int, canary: Path | None) -> Wa
     if canary:
         events += _canaries(config, canary, bindings, now)
     found = {b.target: facts for b in bindings if (facts := catalog.find(b.target))}
-    outlook = {target: told for target, facts in found.items() if (told := forecast(catalog, facts, now))}
+    kept = {b.target for b in bindings if b.kept}
+    outlook = {
+        target: told
+        for target, facts in found.items()
+        if target not in kept and (told := forecast(catalog, facts, now))
+    }
     return WatchReport(
         at=now,
         bound=len({b.target for b in bindings}),
-        unknown=tuple(sorted({b.target for b in bindings} - set(found))),
+        unknown=tuple(sorted({b.target for b in bindings} - set(found) - kept)),
+        kept=tuple(sorted(kept)),
         exposures=tuple(ending),
         events=tuple(events),
         outlook=outlook,
         catalog_read=str(catalog.read),
         catalog_stale_days=catalog.stale_days(dt.datetime.now(dt.UTC).date()),
     )
+
+
+def _bound(
+    config: Config, catalog: Catalog, store: Store, answers: Sequence[AnsweredBy], now: float
+) -> list[Binding]:
+    """Every place that names a model. Ids asked for in vain count where the catalog knows the model: it may
+    have been retired already."""
+    from understudy.catalog.bindings import answering, bindings_of
+
+    asked = [(use.alias, use.target) for use in store.models()]
+    for hour in store.hours(since=now - FAILING_S):
+        target = hour.target or hour.alias
+        if hour.failed and catalog.find(target):
+            asked.append((hour.alias, target))
+    bindings = bindings_of(config, store.routes(), asked)
+    return [*bindings, *answering(catalog, bindings, answers)]
 
 
 def _canaries(config: Config, path: Path, bindings: Sequence[Binding], now: float) -> list[Event]:
@@ -421,6 +448,8 @@ def _print_watch(report: WatchReport) -> None:
         )
     if report.unknown:
         click.echo(f"nothing is known of: {', '.join(report.unknown)}")
+    if report.kept:
+        click.echo(f"yours, whatever vendors do: {', '.join(report.kept)}")
     if report.catalog_stale_days:
         click.echo(f"the catalog's snapshot is {report.catalog_stale_days} days old: dates may have moved")
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from understudy.catalog.watch import Exposure, bindings_of, watch
+from understudy.catalog.bindings import bindings_of
+from understudy.catalog.watch import Exposure, watch
 from understudy.dashboard import chart, formats
 from understudy.dashboard.chart import Bar
 from understudy.dashboard.desk import DAY_S, Binding, Desk, Use, by, total
