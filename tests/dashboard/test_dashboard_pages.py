@@ -242,7 +242,13 @@ async def test_models_are_filtered(browse: Browse, store: Store, make_call: Make
     text = (await browser.get("/models?q=GPT-4-0613")).text
     assert "openai/gpt-4-0613" in text
     assert "100.0%" in text
-    assert "Calls by tier, per week" in text
+    for what in ("Calls", "Tokens", "Spend"):
+        assert f"{what} by tier, per week" in text
+    assert '<td class="num" data-label="of spend">' in text
+    one = (await browser.get("/models?q=openai/gpt-4.1")).text
+    assert "Others say" in one
+    assert "ecologits-estimate, 20" in one
+    assert "openai/gpt-4.1-mini</a>" not in one
     assert "No model matches" in (await browser.get("/models?q=no-such-model")).text
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import Literal
 
 import msgspec
 
 from understudy.catalog.facts import DATA, ModelFacts
 from understudy.catalog.workload import Workload
 
+Kind = Literal["renamed", "unsupported", "default"]
+"""default: the request may stay as it is, and means something else."""
 ANY = "any"
 """A rule for every call."""
 
@@ -24,7 +27,8 @@ class Rule(msgspec.Struct, frozen=True):
     models: str
     """Regular expression for VENDOR/MODEL."""
     feature: str
-    """Which calls it meets: of `CallShape.features`, ``max_tokens``, or `ANY`."""
+    """Which calls it meets: of `CallShape.features`, ``max_tokens``, ``no_max_tokens``, or `ANY`."""
+    kind: Kind
     change: str
     source: str
 
@@ -35,12 +39,13 @@ class Change(msgspec.Struct, frozen=True):
     text: str
     calls: int
     source: str
+    kind: Kind
 
 
 def changes(facts: ModelFacts, leaving: ModelFacts, load: Workload) -> tuple[Change, ...]:
     """What must change between two models; what the old one already demanded is not told again."""
     found = [
-        Change(rule.change, calls, rule.source)
+        Change(rule.change, calls, rule.source, rule.kind)
         for rule in _rules()
         if re.fullmatch(rule.models, facts.id)
         and not re.fullmatch(rule.models, leaving.id)
@@ -48,11 +53,12 @@ def changes(facts: ModelFacts, leaving: ModelFacts, load: Workload) -> tuple[Cha
     ]
     lacks, lacked = (f.lacks.value if f.lacks else frozenset[str]() for f in (facts, leaving))
     if "temperature" in lacks - lacked and facts.lacks:
-        found.append(Change("temperature and top_p are refused", len(load), facts.lacks.source))
+        text = "temperature and top_p, if you send them, are refused"
+        found.append(Change(text, len(load), facts.lacks.source, "unsupported"))
     thinks, thought = ("reasoning" in f.features.value if f.features else False for f in (facts, leaving))
     if thinks and not thought and facts.features:
         text = "it can think before it answers: then answers cost more tokens, and limits must leave room"
-        found.append(Change(text, len(load), facts.features.source))
+        found.append(Change(text, len(load), facts.features.source, "default"))
     return tuple(dict.fromkeys(found))
 
 

@@ -17,7 +17,7 @@ import msgspec
 from understudy.catalog.changes import Change, changes
 from understudy.catalog.facts import OVERLAY, RESELLERS, RULE, Catalog, ModelFacts, family_of
 from understudy.catalog.forecast import Forecast, forecast
-from understudy.catalog.prices import Rates, rates_at
+from understudy.catalog.prices import Rates, hosting_rates, rates_at
 from understudy.catalog.purpose import CHAT, purpose_of, unsuited
 from understudy.catalog.tiers import Condition, tier_of
 from understudy.catalog.watch import days_until
@@ -95,6 +95,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """Per completed task, if it completes as many; None also when no task was reported as completed."""
     usd_per_million_tokens: float | None
     """Over this traffic's own mix of tokens."""
+    usd_per_million_hosted: float | None = None
+    """Of running it yourself, per million answer tokens: the machine's hour over what was measured in it."""
     price_source: str
     retires: dt.date | None
     days_left: int | None
@@ -311,8 +313,12 @@ def _strength(facts: ModelFacts, leaving: ModelFacts) -> tuple[str, bool | None]
     if size is None or old is None:
         return "", None
     estimated = ", estimated" if size.estimated or old.estimated else ""
-    told = f"{size.value / 1e9:.3g}B parameters against {old.value / 1e9:.3g}B{estimated}"
+    told = f"{_billions(size.value)} parameters against {_billions(old.value)}{estimated}"
     return told, size.value >= old.value * PEER_SIZE
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.3g}B" if count < 1e12 else f"{count / 1e12:.3g}T"
 
 
 def _mmlu(facts: ModelFacts) -> float | None:
@@ -357,6 +363,7 @@ class _Scale(NamedTuple):
             usd_per_call=_per(usd, len(load)),
             usd_per_task=_per(usd, load.completed_tasks),
             usd_per_million_tokens=_per(usd, load.tokens / 1e6),
+            usd_per_million_hosted=_hosted(facts),
             price_source=_source(rates),
             retires=retires,
             days_left=days_until(retires, self.now) if retires else None,
@@ -477,6 +484,12 @@ def _unknown(can: _Can, group: Group) -> list[str]:
 
 def _per(usd: float | None, count: float) -> float | None:
     return None if usd is None or not count else usd / count
+
+
+def _hosted(facts: ModelFacts) -> float | None:
+    if facts.hosting is None:
+        return None
+    return hosting_rates(facts.hosting.value, facts.hosting.source).tiers[0].output
 
 
 def _source(rates: Rates | None) -> str:

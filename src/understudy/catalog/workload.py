@@ -226,9 +226,12 @@ class Workload:
         return self._lengths[asked]
 
     def needing(self, feature: str) -> int:
-        """Calls that use a feature; ``max_tokens`` stands for a limit, ``any`` for all."""
+        """Calls that use a feature; ``max_tokens`` stands for a limit, ``no_max_tokens`` for none and
+        ``any`` for every call."""
         if feature == "any":
             return len(self.calls)
+        if feature == "no_max_tokens":
+            return len(self.calls) - self._uses["max_tokens"]
         return self._uses.get(feature, 0)
 
     @cached_property

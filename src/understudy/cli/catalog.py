@@ -14,18 +14,16 @@ import click
 import msgspec
 
 from understudy import config as configuration
+from understudy.cli.catalog_text import print_models, print_plan, print_tiers, print_watch
 from understudy.cli.options import config_option, json_option, print_json
 from understudy.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from understudy.catalog.bindings import Binding
     from understudy.catalog.canary import Reply
     from understudy.catalog.events import Event, WatchReport
-    from understudy.catalog.facts import Catalog, ModelFacts
-    from understudy.catalog.plan import Candidate, Key, Latency, Plan, TokenRatio
-    from understudy.catalog.watch import Exposure
+    from understudy.catalog.facts import Catalog
+    from understudy.catalog.plan import Key, Latency, TokenRatio
     from understudy.config import Config
     from understudy.protocol import CallShape
     from understudy.traffic.store import AnsweredBy, Store
@@ -60,14 +58,17 @@ def models(
 ) -> None:
     """What models exist, can do, cost, and when they retire.
 
-    WORDS must all occur in the model's id. Your own facts come from the YAML named by [catalog] overlay:
+    WORDS must all occur in the model's id; of a single model every fact is shown with who says so and who
+    says otherwise. Your own facts come from the YAML named by [catalog] overlay:
 
     \b
     models:
       ENDPOINT/MODEL:
         retires: 2026-12-31            # deprecated, released, successor, licence,
         context_window: 8192           # output_limit, inputs: [text, image],
-        prices: {input: 0.4, output: 1.6, cached: 0.1, start: 2026-01-01}
+        features: [tools, json_schema] # your whole list: what it omits is lacking
+        prices: {input: 0.4, output: 1.6, cached: 0.1, cache_write: 0.5, start: 2026-01-01,
+                 tiers: [{above: 200000, input: 0.8, output: 3.2}], batch: {input: 0.2, output: 0.8}}
         hosting: {usd_per_hour: 0.5, tokens_per_s: 900}     # instead of prices
         tokenizer: models/tokenizer.json                    # counts instead of bounds
     """
@@ -79,6 +80,8 @@ def models(
         return
     catalog = _catalog(config)
     found = [m for m in catalog if all(word.lower() in m.id.lower() for word in words)]
+    if len(words) == 1 and words[0] in catalog:
+        found = [m for m in found if m.id == words[0]]
     if not found:
         raise InputError(
             f"no model's id has all of: {' '.join(words)}",
@@ -88,8 +91,7 @@ def models(
     if as_json:
         print_json(found)
         return
-    _print(_models_table(catalog, found), f"{len(found)} of {len(catalog)} models; facts read {catalog.read}")
-    _tell_age(catalog)
+    print_models(catalog, found)
 
 
 @click.command()
@@ -154,7 +156,7 @@ def watch(
     elif slack and not webhook:
         print_json(slack_payload(report.events))
     else:
-        _print_watch(report)
+        print_watch(report)
     sys.exit(any(e.kind in fail_on for e in report.events))
 
 
@@ -211,7 +213,7 @@ def plan(
     if as_json:
         print_json(made)
     else:
-        _print_plan(made, top)
+        print_plan(made, top)
 
 
 def _latencies(catalog: Catalog, store: Store) -> dict[str, Latency]:
@@ -363,31 +365,7 @@ def _show_tiers(config: Config, by: Literal["day", "week", "month"], as_json: bo
     if as_json:
         print_json(used)
         return
-    table = _table("from", "tier", ">calls", ">%", ">tokens", ">%", ">$", ">%", "", "models")
-    for use in used:
-        table.add_row(
-            use.period,
-            use.tier,
-            f"{use.calls:,}",
-            f"{use.share_of_calls:.0%}",
-            f"{use.tokens:,.0f}",
-            f"{use.share_of_tokens:.0%}",
-            _money(use.usd),
-            f"{use.share_of_usd:.0%}",
-            "█" * round(20 * use.share_of_calls),
-            ", ".join(use.models[:3]) + (" …" if len(use.models) > 3 else ""),
-        )
-    rule = "; ".join(
-        f"{tier}: {' and '.join(conditions)}" for tier, conditions in config.catalog.tiers.items()
-    )
-    _print(
-        table, f"{rule}. Bars show the share of calls; what is not known of a model is left out of the rule"
-    )
-
-
-def _tell_age(catalog: Catalog) -> None:
-    if days := catalog.stale_days(dt.datetime.now(dt.UTC).date()):
-        click.echo(f"the catalog's snapshot is {days} days old: prices and dates may have moved")
+    print_tiers(used, config.catalog.tiers)
 
 
 def _recorded(config: Config, store: Store, model: str) -> tuple[str, Sequence[CallShape]]:
@@ -407,179 +385,3 @@ def _recorded(config: Config, store: Store, model: str) -> tuple[str, Sequence[C
             next_step="understudy up, or understudy traffic import FILE",
         )
     return incumbent, shapes
-
-
-def _models_table(catalog: Catalog, found: Sequence[ModelFacts]) -> Table:
-    from understudy.catalog.prices import rates_at
-
-    table = _table("model", ">context", "input", ">$/M in", ">$/M out", ">parameters", "retires", "successor")
-    now = time.time()
-    for m in found:
-        rates = rates_at(catalog, m.id, now)
-        first = rates.tiers[0] if rates else None
-        disputed = " (disputed)" if m.retires and m.retires.disputed else ""
-        table.add_row(
-            m.id,
-            f"{m.context_window.value:,}" if m.context_window else "",
-            ", ".join(sorted(m.inputs.value)) if m.inputs else "",
-            f"{first.input:g}" if first else "",
-            f"{first.output:g}" if first else "",
-            f"{m.parameters.value / 1e9:.3g}B" if m.parameters else "",
-            f"{m.retires.value}{disputed}" if m.retires else "",
-            m.successor.value if m.successor else "",
-        )
-    return table
-
-
-def _print_watch(report: WatchReport) -> None:
-    if report.exposures:
-        note = "per month: scaled from the time since the first recorded call"
-        _print(_watch_table(report.exposures), note)
-    else:
-        click.echo(f"none of {report.bound} bound models has an announced end")
-    for event in report.events:
-        if event.kind != "retirement":
-            click.echo(f"{event.severity}: {event.kind}: {event.text}")
-    for target, told in report.outlook.items():
-        year = told.within(12)
-        click.echo(
-            f"{target}: no announced end; retired within a year with probability {year.probability:.0%} "
-            f"({year.low:.0%}–{year.high:.0%}, {year.method})"
-        )
-    if report.unknown:
-        click.echo(f"nothing is known of: {', '.join(report.unknown)}")
-    if report.kept:
-        click.echo(f"yours, whatever vendors do: {', '.join(report.kept)}")
-    if report.catalog_stale_days:
-        click.echo(f"the catalog's snapshot is {report.catalog_stale_days} days old: dates may have moved")
-
-
-def _watch_table(found: Sequence[Exposure]) -> Table:
-    table = _table(
-        "severity", "target", "bound by", "retires", ">days", ">calls/mo", ">tokens/mo", ">$/mo", "successor"
-    )
-    for e in found:
-        table.add_row(
-            e.severity,
-            e.target,
-            ", ".join(f"{b.name} ({b.level})" for b in e.bindings),
-            str(e.retires or "not said") + (" (disputed)" if e.disputed else ""),
-            "" if e.days_left is None else str(e.days_left),
-            f"{e.calls_per_month:,.0f}",
-            f"{e.tokens_per_month:,.0f}",
-            _money(e.usd_per_month),
-            e.successor,
-        )
-    return table
-
-
-def _print_plan(made: Plan, top: int) -> None:
-    inc = made.incumbent
-    end = f"retires {inc.retires} ({inc.days_left} days)" if inc.retires else "no announced end"
-    click.echo(
-        f"{inc.model}: {end}; {made.calls:,} calls, {made.tokens:,} tokens in {made.window_days:.1f} days, "
-        f"at most {made.peak_tokens_per_minute:,} a minute; {made.batchable:.0%} could go by batch"
-    )
-    table = _table(
-        "candidate", "tier", "as strong", ">fits", ">$/mo", ">p10–p90", ">batch", ">$/call", ">$/task",
-        ">kWh/mo", ">CO2e kg/mo", ">s/call", "retires", "unverified", "breaks",
-    )  # fmt: skip
-    for c in (inc, *made.candidates[:top]):
-        table.add_row(*_candidate_row(c), end_section=c is inc)
-    more = len(made.candidates) - top
-    _print(table, f"ranked by {made.ranking}" + (f"; {more} more (--top)" if more > 0 else ""))
-    _print_notes(made, top)
-    if made.excluded:
-        why = ", ".join(f"{r.models} {r.text}" for r in made.reasons)
-        nearest = "; ".join(f"{c.model} ({_reasons(c)})" for c in made.excluded[:5])
-        click.echo(f"{len(made.excluded)} do not fit ({why}), the nearest: {nearest}")
-    if made.passed_over:
-        why = ", ".join(f"{count} {reason}" for reason, count in made.passed_over.items())
-        click.echo(f"{sum(made.passed_over.values())} were not weighed: {why}")
-    locked = f" ({', '.join(made.locked_by)})" if made.locked_by else ""
-    click.echo(
-        f"lock-in: {made.lock_in:.0%} of the calls can go to one vendor only{locked}; "
-        f"{len(made.candidates)} models of {made.vendors} vendors fit"
-    )
-    if made.catalog_stale_days:
-        click.echo(
-            f"the catalog's snapshot is {made.catalog_stale_days} days old: prices and dates may have moved"
-        )
-
-
-def _print_notes(made: Plan, top: int) -> None:
-    """What the table has no room for: best uses, and what requests must change in."""
-    for c in made.candidates:
-        if c.best_use:
-            click.echo(f"{c.model}: {c.best_use}")
-    for c in made.candidates[:top]:
-        for change in c.changes:
-            click.echo(f"{c.model}: {change.text} ({change.calls:,} calls; {change.source})")
-
-
-def _candidate_row(c: Candidate) -> list[str]:
-    band = f"{_money(c.usd_low)}–{_money(c.usd_high)}" if c.usd_low is not None else ""
-    return [
-        c.model,
-        c.tier,
-        {None: "?", True: "yes", False: "no"}[c.peer],
-        f"{c.share:.1%}",
-        _money(c.usd_per_month),
-        band,
-        _money(c.usd_per_month_batch) if c.usd_per_month_batch is not None else "",
-        _money(c.usd_per_call),
-        _money(c.usd_per_task),
-        _range(c.kwh_per_month),
-        _range(c.kg_co2e_per_month),
-        f"{c.latency.total_s:.2f}" if c.latency else "",
-        _end(c),
-        ", ".join(c.unverified),
-        _reasons(c),
-    ]
-
-
-def _end(c: Candidate) -> str:
-    """The announced day, or what is expected."""
-    if c.retires or c.forecast is None:
-        return str(c.retires or "")
-    return f"{c.forecast.within(12).probability:.0%} in a year"
-
-
-def _range(ends: tuple[float, float] | None) -> str:
-    if ends is None:
-        return ""
-    return f"{ends[0]:.2g}" if ends[0] == ends[1] else f"{ends[0]:.2g}–{ends[1]:.2g}"
-
-
-def _reasons(c: Candidate) -> str:
-    if c.misfits:
-        return ", ".join(f"{word}: {calls:,} call{'s' * (calls != 1)}" for word, calls in c.misfits.items())
-    return f"retired {c.retires}" if c.days_left is not None and c.days_left <= 0 else ""
-
-
-def _money(usd: float | None) -> str:
-    """Two digits behind the point, or as many as show two figures of a small amount."""
-    if usd is None:
-        return "?"
-    return f"{usd:,.2f}" if usd >= 1 or usd == 0 else f"{usd:.2g}"
-
-
-def _table(*columns: str) -> Table:
-    """A table; a column whose name begins with > is set flush right."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        number = name.startswith(">")
-        table.add_column(name.lstrip(">"), justify="right" if number else "left", no_wrap=number)
-    return table
-
-
-def _print(table: Table, note: str) -> None:
-    from rich.console import Console
-
-    # a pipe has no width of its own: let lines be as long as they are instead of folding at 80
-    console = Console() if sys.stdout.isatty() else Console(width=240)
-    console.print(table)
-    click.echo(note)

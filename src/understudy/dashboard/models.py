@@ -6,13 +6,15 @@ It ignores what could take over from a model (plan).
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 from markupsafe import Markup
 
 from understudy.catalog.facts import ModelFacts
 from understudy.catalog.prices import Rates, rates_at
+from understudy.catalog.sheet import Row, sheet
 from understudy.catalog.tiers import BETWEEN, UNKNOWN, TierUse, parse_rules, tiers_over_time
 from understudy.catalog.watch import Severity, days_until, severity
 from understudy.dashboard import chart
@@ -63,7 +65,12 @@ class Models(NamedTuple):
     """Only models with an announced end."""
     tiers: list[TierUse]
     """By week, classes in the rule's order."""
-    tiers_chart: Markup
+    tiers_charts: list[Markup]
+    """Shares of calls, of tokens and of spend."""
+    rule: str
+    """Of the tiers, in the config's words."""
+    sheet: list[Row]
+    """Every fact with its sources, where one model is sought."""
     read: dt.date
     stale_days: int
 
@@ -81,7 +88,10 @@ def page(desk: Desk, query: Mapping[str, str]) -> Models:
     rules = parse_rules(desk.config.catalog.tiers)
     tiers = tiers_over_time(desk.catalog, desk.hours(TIER_DAYS), rules, now, "week")
     sought, vendor, ending = query.get("q", "").strip(), query.get("vendor", ""), "ending" in query
-    matching = [m for m in desk.catalog if _matches(m, sought.lower(), vendor, ending)]
+    if sought in desk.catalog:  # a whole id is that model, not those whose ids go on after it
+        matching = [m for m in desk.catalog if m.id == sought]
+    else:
+        matching = [m for m in desk.catalog if _matches(m, sought.lower(), vendor, ending)]
     matching.sort(key=lambda m: (-shares.get(m.id, 0.0), _turn(m, now) if ending else 0, m.id))
     return Models(
         used=used,
@@ -94,20 +104,31 @@ def page(desk: Desk, query: Mapping[str, str]) -> Models:
         vendor=vendor,
         ending=ending,
         tiers=tiers,
-        tiers_chart=_tiers_chart(tiers, [*rules, BETWEEN, UNKNOWN]),
+        tiers_charts=[_tiers_chart(tiers, [*rules, BETWEEN, UNKNOWN], *what) for what in _SHARES],
+        rule="; ".join(f"{tier}: {' and '.join(told)}" for tier, told in desk.config.catalog.tiers.items()),
+        sheet=sheet(desk.catalog, matching[0], now) if len(matching) == 1 else [],
         read=desk.catalog.read,
         stale_days=desk.catalog.stale_days(dt.datetime.fromtimestamp(now, dt.UTC).date()),
     )
 
 
-def _tiers_chart(tiers: list[TierUse], names: list[str]) -> Markup:
-    """Share of each week's calls by class; classes nobody used are left out, at most five are told apart."""
+_SHARES = (
+    ("Calls by tier, per week", "% of calls", attrgetter("share_of_calls")),
+    ("Tokens by tier, per week", "% of tokens", attrgetter("share_of_tokens")),
+    ("Spend by tier, per week", "% of spend", attrgetter("share_of_usd")),
+)
+
+
+def _tiers_chart(
+    tiers: list[TierUse], names: list[str], title: str, unit: str, share: Callable[[TierUse], float]
+) -> Markup:
+    """Each week's shares by class; classes nobody used are left out, at most five are told apart."""
     used = [name for name in names if any(t.tier == name for t in tiers)][:5]
     weeks: dict[str, dict[str, float]] = {}
     for use in tiers:
-        weeks.setdefault(use.period, {})[use.tier] = 100 * use.share_of_calls
+        weeks.setdefault(use.period, {})[use.tier] = 100 * share(use)
     columns = [Bar(week[5:], [shares.get(name, 0.0) for name in used]) for week, shares in weeks.items()]
-    return chart.bars("Calls by tier, per week", "% of calls", columns, used, "week from (UTC)")
+    return chart.bars(title, unit, columns, used, "week from (UTC)")
 
 
 def _own(desk: Desk, target: str, use: Use, calls: int, now: float) -> OwnUse:
