@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from understudy.catalog import facts
+from understudy.catalog.documents import COMPILED, compile_documents
 from understudy.catalog.facts import DATA, Claim, ListPrice, choose, family_of, load_catalog
 from understudy.errors import InputError
 
@@ -231,3 +233,28 @@ def test_a_snapshot_older_than_thirty_days_says_so() -> None:
     catalog = snapshot()
     assert catalog.stale_days(catalog.read + dt.timedelta(days=30)) == 0
     assert catalog.stale_days(catalog.read + dt.timedelta(days=31)) == 31
+
+
+def test_the_compiled_facts_are_those_of_the_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = {m.id: m for m in load_catalog()}
+    for path in facts.DATA.glob("*.yaml"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shipped = (facts.DATA / COMPILED).read_bytes()
+    monkeypatch.setattr(facts, "DATA", tmp_path)
+    assert {m.id: m for m in load_catalog()} == compiled
+    compile_documents(tmp_path)
+    stale = "the YAML was edited: python -m understudy.catalog.documents"
+    assert (tmp_path / COMPILED).read_bytes() == shipped, stale
+
+
+def test_compiled_facts_of_other_yaml_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vendor = tmp_path / "v.yaml"
+    said = "sources: {s: {what: w, licence: MIT, read: 2026-01-01}}\nmodels: {a: {licence: {s: MIT}}}\n"
+    vendor.write_text(said)
+    compile_documents(tmp_path)
+    monkeypatch.setattr(facts, "DATA", tmp_path)
+    vendor.write_text(said.replace("MIT}}", "Apache}}"))
+    model = load_catalog().find("v/a")
+    assert model
+    assert model.licence
+    assert model.licence.value == "Apache"

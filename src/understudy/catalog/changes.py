@@ -46,10 +46,10 @@ def changes(facts: ModelFacts, leaving: ModelFacts, load: Workload) -> tuple[Cha
     """What must change between two models; what the old one already demanded is not told again."""
     found = [
         Change(rule.change, calls, rule.source, rule.kind)
-        for rule in _rules()
-        if re.fullmatch(rule.models, facts.id)
-        and not re.fullmatch(rule.models, leaving.id)
-        and (calls := load.needing(rule.feature))
+        for models, rules in _rules().items()
+        if models.fullmatch(facts.id) and not models.fullmatch(leaving.id)
+        for rule in rules
+        if (calls := load.needing(rule.feature))
     ]
     lacks, lacked = (f.lacks.value if f.lacks else frozenset[str]() for f in (facts, leaving))
     if "temperature" in lacks - lacked and facts.lacks:
@@ -63,6 +63,10 @@ def changes(facts: ModelFacts, leaving: ModelFacts, load: Workload) -> tuple[Cha
 
 
 @cache
-def _rules() -> list[Rule]:
+def _rules() -> dict[re.Pattern[str], list[Rule]]:
+    """The rules by whom they concern."""
     document = msgspec.json.decode((DATA / "parameters.json").read_bytes(), type=dict[str, object])
-    return msgspec.convert(document["rules"], list[Rule])
+    rules: dict[re.Pattern[str], list[Rule]] = {}
+    for rule in msgspec.convert(document["rules"], list[Rule]):
+        rules.setdefault(re.compile(rule.models), []).append(rule)
+    return rules

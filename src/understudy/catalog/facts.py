@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, cast
 
 import msgspec
-import yaml
 
+from understudy.catalog.documents import document_of, shipped_documents
 from understudy.config import Config
 from understudy.errors import InputError
 from understudy.protocol import Modality
@@ -266,10 +266,9 @@ def _snapshot(files: tuple[tuple[Path, int], ...]) -> tuple[dict[str, dict[str, 
     """Claims of the files, each with its time of change, and the day the last of them was read."""
     table: dict[str, dict[str, list[Claim[Any]]]] = {}
     read = dt.date.min
-    for path, _ in files:
-        document = _document(path)
+    for stem, document in shipped_documents([path for path, _ in files]):
         read = max(read, *(_date(s["read"]) for s in document["sources"].values()))
-        _add_snapshot(table, document, path.stem)
+        _add_snapshot(table, document, stem)
     return table, read
 
 
@@ -346,7 +345,7 @@ def _add_snapshot(table: dict[str, Any], document: Mapping[str, Any], vendor: st
 
 def _add_live(table: dict[str, Any], path: Path) -> None:
     try:
-        _add_snapshot(table, _document(path), "live")
+        _add_snapshot(table, document_of(path), "live")
     except (KeyError, TypeError, AttributeError, msgspec.ValidationError) as error:
         raise InputError(
             f"{path} is not what `understudy models --refresh` writes: {error}",
@@ -389,7 +388,7 @@ def _inherit_end(heir: dict[str, list[Claim[Any]]], other: Mapping[str, list[Cla
 
 
 def _add_overlay(table: dict[str, Any], path: Path) -> None:
-    document = _document(path)
+    document = document_of(path)
     models = document.get("models")
     if not isinstance(models, dict):
         raise InputError(
@@ -503,22 +502,6 @@ def _scores(said: Iterable[Claim[dict[str, float]]]) -> dict[str, Fact[float]]:
         for benchmark, score in claim.value.items():
             by_benchmark.setdefault(benchmark, []).append(Claim(score, claim.source, claim.read))
     return {benchmark: choose(claims) for benchmark, claims in by_benchmark.items()}
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.load(path.read_bytes(), Loader=_LOADER)  # noqa: S506 a safe loader
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", expected="a YAML file of facts") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: {error}", expected="a YAML file of facts") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path} holds no facts", expected="models: with an entry for each model")
-    return cast(dict[str, Any], document)
-
-
-# the C loader is several times faster; both refuse to construct Python objects
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _date(value: object) -> dt.date:

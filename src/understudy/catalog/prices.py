@@ -102,6 +102,8 @@ def sums_of(usage: Usage) -> Sums:
     prompt: sound costs more, and a cache makes it cheaper.
     """
     prompt, cached, written = usage.prompt_tokens, usage.cached_tokens, usage.cache_write_tokens
+    if not (written or usage.audio_tokens or usage.reasoning_tokens):  # most calls
+        return Sums(max(0, prompt - cached), cached, 0, 0, 0, 0, usage.completion_tokens, 0, 0)
     sound = usage.audio_tokens - usage.output_audio_tokens
     both = 0
     if sound and cached:
@@ -259,10 +261,7 @@ def _snapshot() -> list[Provider]:
 @lru_cache(maxsize=16_384)
 def _vendor_rates(name: str, at: float, context: tuple[tuple[str, str], ...]) -> Rates | None:
     """genai-prices' price of VENDOR/MODEL; hours are fine enough for prices that differ by time of day."""
-    vendor, _, model = name.partition("/")
-    provider_id = _PROVIDERS.get(vendor, vendor)
-    provider = next((p for p in _snapshot() if p.id == provider_id), None)
-    info = provider.find_model(model, all_providers=_snapshot()) if provider and model else None
+    info = _priced_model(name)
     if info is None:
         return None
     moment = dt.datetime.fromtimestamp(at, dt.UTC)
@@ -275,6 +274,14 @@ def _vendor_rates(name: str, at: float, context: tuple[tuple[str, str], ...]) ->
         start=_start(info, moment),
         source=_genai_prices(),
     )
+
+
+@lru_cache(maxsize=16_384)
+def _priced_model(name: str) -> ModelInfo | None:
+    vendor, _, model = name.partition("/")
+    provider_id = _PROVIDERS.get(vendor, vendor)
+    provider = next((p for p in _snapshot() if p.id == provider_id), None)
+    return provider.find_model(model, all_providers=_snapshot()) if provider and model else None
 
 
 @cache

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import yaml
 
+from understudy.catalog.documents import compile_documents
+
 Claims = dict[str, dict[str, Any]]
 """Field to source to value."""
 
@@ -120,6 +122,7 @@ def main(sources: Path, out: Path, today: dt.date) -> None:
         _keep_earlier_prices(known, out / f"{vendor}.yaml", today)
     for vendor, known in sorted(models.items()):
         (out / f"{vendor}.yaml").write_text(_yaml(vendor, known, read))
+    compile_documents(out)
 
 
 def _litellm(sources: Path, models: dict[str, dict[str, Claims]], today: dt.date) -> Source:

@@ -38,7 +38,7 @@ class Group:
             for c in calls
         )
         self._needs = [total for total, _, _ in self._sizes]
-        self._answers: dict[float, list[float]] = {}
+        self._answers: dict[float, tuple[list[float], list[float]]] = {}
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -49,15 +49,22 @@ class Group:
 
     def too_verbose(self, limit: float, bound: float) -> int:
         """Calls whose answer, or the limit they ask for, exceeds what a model writes at most."""
-        if bound not in self._answers:
-            self._answers[bound] = sorted(_answer_need(size, bound) for size in self._sizes)
-        return len(self) - bisect_right(self._answers[bound], limit)
+        _, rising = self._answers_of(bound)
+        return len(self) - bisect_right(rising, limit)
 
     def too_either(self, context: float, limit: float, bound: float) -> int:
         """Calls that break for at least one of the two reasons, each counted once."""
-        long = self._sizes[bisect_right(self._needs, context / bound) :]
-        both = sum(_answer_need(size, bound) > limit for size in long)
-        return len(long) + self.too_verbose(limit, bound) - both
+        beside, _ = self._answers_of(bound)
+        long = beside[bisect_right(self._needs, context / bound) :]
+        return len(long) + self.too_verbose(limit, bound) - sum(need > limit for need in long)
+
+    def _answers_of(self, bound: float) -> tuple[list[float], list[float]]:
+        """What each answer needs, beside the calls' whole needs, and rising. What was written may take more
+        tokens elsewhere; the limit asked for is sent as it is."""
+        if bound not in self._answers:
+            beside = [said * bound if said * bound > asked else asked for _, said, asked in self._sizes]
+            self._answers[bound] = (beside, sorted(beside))
+        return self._answers[bound]
 
 
 class Broken(NamedTuple):
@@ -260,12 +267,6 @@ def _bounds(rates: Rates) -> tuple[int, ...]:
 def _row(rates: Rates) -> list[float]:
     """USD for one of each of `Ledger.quantities`."""
     return [usd / 1e6 for tier in rates.tiers for usd in tier.row] + [rates.per_call]
-
-
-def _answer_need(size: tuple[int, int, int], bound: float) -> float:
-    # what was written may take more tokens elsewhere; the limit asked for is sent as it is
-    answer = size[1] * bound
-    return answer if answer > size[2] else size[2]
 
 
 def _groups(calls: Iterable[CallShape]) -> list[Group]:
