@@ -12,8 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from understudy.catalog.bindings import Binding
 from understudy.catalog.facts import load_catalog
 from understudy.catalog.live import LiveEndpoint, refresh
+from understudy.catalog.watch import watch
 from understudy.errors import InputError
 
 TODAY = dt.date(2026, 11, 24)
@@ -56,6 +58,11 @@ AZURE = {
             "lifecycle_status": "generally-available",
             "deprecation": {"fine_tune": 1_677_662_127, "inference": MARCH},
             "capabilities": {"completion": False, "chat_completion": True, "embeddings": False},
+        },
+        {
+            "id": "gpt-ending",
+            "lifecycle_status": "deprecating",
+            "capabilities": {"completion": False, "chat_completion": True, "fine_tune": True},
         },
         {
             "id": "embedder",
@@ -171,7 +178,7 @@ def test_each_vendor_is_read_by_its_own_fields(vendor: tuple[str, dict[str, Any]
     assert [(r.endpoint, r.models, r.ending, r.failure) for r in read] == [
         ("openai", 2, 1, ""),
         ("router", 3, 1, ""),
-        ("cloud", 1, 1, ""),
+        ("cloud", 2, 1, ""),
         ("claude", 2, 0, ""),
         ("gemini", 1, 0, ""),
         ("local", 1, 0, ""),
@@ -200,6 +207,18 @@ def test_each_vendor_is_read_by_its_own_fields(vendor: tuple[str, dict[str, Any]
     assert azure
     assert azure.retires
     assert azure.retires.value == dt.date(2027, 4, 1)
+    assert azure.lifecycle
+    assert azure.lifecycle.value == "generally-available"
+    ending = catalog.find("cloud/gpt-ending")
+    assert ending
+    assert ending.features
+    assert "fine_tuning" in ending.features.value
+    (exposure,) = watch(catalog, [Binding("a", "cloud/gpt-ending", "alias")], {}, 0.0)
+    assert (exposure.severity, exposure.retires, exposure.source) == (
+        "announced",
+        None,
+        "cloud, live, read 2026-11-24",
+    )
     claude_x, old = catalog.find("claude/claude-x"), catalog.find("claude/claude-old")
     assert claude_x
     assert claude_x.inputs

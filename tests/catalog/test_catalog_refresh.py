@@ -132,9 +132,10 @@ def test_zero_is_no_price_and_words_are_no_date(snapshot: Path) -> None:
 
 
 def test_files_it_did_not_write_stay(snapshot: Path, tmp_path: Path) -> None:
-    (snapshot / "qwen.yaml").write_text("kept by hand")
+    by_hand = "# kept by hand\nsources: {s: {what: w, licence: MIT, read: 2026-01-01}}\nmodels: {}\n"
+    (snapshot / "qwen.yaml").write_text(by_hand)
     refresh.main(tmp_path / "sources", snapshot, dt.date(2026, 11, 24))
-    assert (snapshot / "qwen.yaml").read_text() == "kept by hand"
+    assert (snapshot / "qwen.yaml").read_text() == by_hand
     assert "read: 2026-11-24" in (snapshot / "openai.yaml").read_text()
 
 

@@ -24,6 +24,8 @@ from understudy.protocol import Modality
 T = TypeVar("T")
 DATA = Path(__file__).parent / "data"
 SNAPSHOT_STALE_DAYS = 30
+ENDING = frozenset({"deprecating", "deprecated"})
+"""Words of Azure's ``lifecycle_status`` for a model that will end."""
 OVERLAY = "overlay"
 """Name of the source that beats all others: the user's own file."""
 
@@ -169,10 +171,18 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Day the vendor said that it will end."""
     retires: Fact[dt.date] | None = None
     """Day from which calls fail."""
+    lifecycle: Fact[str] | None = None
+    """Where it stands by its vendor's own word: preview, generally-available, deprecating, deprecated."""
     successor: Fact[str] | None = None
     """What the vendor names as replacement."""
     scores: dict[str, Fact[float]] = {}
     """Public benchmark to score in percent."""
+
+    @property
+    def ending(self) -> Fact[dt.date] | Fact[str] | None:
+        """What says that it will end, the most telling first; None where nothing does."""
+        said_so = self.lifecycle if self.lifecycle and self.lifecycle.value in ENDING else None
+        return self.retires or self.deprecated or said_so
 
     @property
     def vendor(self) -> str:
@@ -326,6 +336,7 @@ _FIELDS: dict[str, Any] = {
     "released": dt.date,
     "deprecated": dt.date,
     "retires": dt.date,
+    "lifecycle": str,
     "successor": str,
     "scores": dict[str, float],
 }

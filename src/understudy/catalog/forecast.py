@@ -98,7 +98,7 @@ def forecast(catalog: Catalog, facts: ModelFacts, now: float) -> Forecast | None
     """What is expected of ``facts`` from ``now`` (Unix seconds) on; None when an end is announced, when its
     release is not known, when its name moves from model to model, or when you host it."""
     day = dt.datetime.fromtimestamp(now, dt.UTC).date()
-    if facts.retires or facts.deprecated or facts.hosting or facts.vendor in RESELLERS:
+    if facts.ending or facts.hosting or facts.vendor in RESELLERS:
         return None
     if facts.model.endswith("-latest"):  # a name that moves on to the next model
         return None

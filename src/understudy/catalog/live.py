@@ -132,6 +132,8 @@ def facts_of(row: Mapping[str, Any], vendor_known: bool = True) -> Iterator[tupl
         row.get("shutdown_date") or row.get("expiration_date") or _inner(row, "deprecation", "inference")
     ):
         yield "retires", ends
+    if row.get("lifecycle_status"):
+        yield "lifecycle", str(row["lifecycle_status"])
     if vendor_known and (born := _day(row.get("created_at") or row.get("created"))):
         yield "released", born
     window = row.get("context_length") or row.get("max_input_tokens") or row.get("inputTokenLimit")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -64,6 +64,21 @@ class Latency(msgspec.Struct, frozen=True):
     tokens_per_s: float
     """Of the answer, over the whole call."""
     calls: int
+
+
+class Timed(Protocol):
+    """How fast one target has been; a `traffic.store.Latency` is one."""
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def ttft_s(self) -> float: ...
+    @property
+    def total_s(self) -> float: ...
+    @property
+    def tokens_per_s(self) -> float: ...
+    @property
+    def calls(self) -> int: ...
 
 
 class TokenRatio(msgspec.Struct, frozen=True):
@@ -257,6 +272,16 @@ def make_plan(
         peak_tokens_per_minute=load.peak_tokens_per_minute,
         batchable=load.batchable,
     )
+
+
+def latencies_by_model(catalog: Catalog, timed: Iterable[Timed]) -> dict[str, Latency]:
+    """How fast each model behind a target has been."""
+    return {
+        facts.id if (facts := catalog.find(t.target)) else t.target: Latency(
+            t.ttft_s, t.total_s, t.tokens_per_s, t.calls
+        )
+        for t in timed
+    }
 
 
 def _known(catalog: Catalog, name: str) -> ModelFacts:

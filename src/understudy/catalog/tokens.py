@@ -6,14 +6,18 @@ texts. It ignores chat templates beyond a few tokens a message: those the record
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from understudy.catalog import pictures
+from understudy.catalog.facts import Catalog
 from understudy.catalog.plan import TokenRatio
+from understudy.config import Config
 from understudy.errors import InputError, MissingExtraError
 
+LATEST = 200
+"""Calls that are counted: the latest."""
 LEAST = 20
 """Prompt tokens of a call worth counting: in a shorter one the template is most of it."""
 
@@ -23,6 +27,17 @@ class Counted(NamedTuple):
 
     request: Mapping[str, Any]
     prompt_tokens: int
+
+
+def ratios_by_model(
+    config: Config, catalog: Catalog, recorded: Callable[[], Iterable[Counted]], only: Collection[str] = ()
+) -> dict[str, TokenRatio]:
+    """Ratios of all models (or of ``only``, by id) whose tokenizer the overlay names. ``recorded`` is asked
+    for calls if there is one. Raises as `token_ratio` does."""
+    own = [m for m in catalog if m.tokenizer and (not only or m.id in only)]
+    counted = list(recorded()) if own else []
+    told = {m.id: token_ratio(config.path(m.tokenizer.value), counted, m.id) for m in own if m.tokenizer}
+    return {model: ratio for model, ratio in told.items() if ratio}
 
 
 def token_ratio(tokenizer: Path, calls: Iterable[Counted], model: str = "") -> TokenRatio | None:

@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from understudy.catalog.bindings import Binding
-from understudy.catalog.facts import Catalog, Fact, ModelFacts
+from understudy.catalog.facts import Catalog, ModelFacts
 from understudy.catalog.prices import rates_at
 from understudy.catalog.workload import Workload
 from understudy.protocol import CallShape
@@ -71,7 +71,7 @@ def watch(
     found = [
         _exposure(catalog, facts, target, tuple(bound), shapes_by_target.get(target, ()), now)
         for target, bound in by_target.items()
-        if (facts := catalog.find(target)) and (facts.retires or facts.deprecated)
+        if (facts := catalog.find(target)) and facts.ending
     ]
     return sorted(found, key=_rank)
 
@@ -99,8 +99,7 @@ def _exposure(
     shapes: Sequence[CallShape],
     now: float,
 ) -> Exposure:
-    ends: Fact[dt.date] | None = facts.retires
-    told = ends or facts.deprecated
+    ends, told = facts.retires, facts.ending
     assert told is not None, "only models with an end are exposed"
     left = days_until(ends.value, now) if ends else None
     load = Workload(shapes, now)

@@ -6,7 +6,7 @@ import asyncio
 import datetime as dt
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from understudy.catalog.canary import Reply
     from understudy.catalog.events import Event, WatchReport
     from understudy.catalog.facts import Catalog
-    from understudy.catalog.plan import Key, Latency, TokenRatio
+    from understudy.catalog.plan import Key
+    from understudy.catalog.tokens import Counted
     from understudy.config import Config
     from understudy.protocol import CallShape
     from understudy.traffic.store import AnsweredBy, Store
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
 FAILING_S = 30 * 86_400.0
 """An id that was asked for in vain so long ago is forgotten."""
-COUNTED = 200
-"""Latest calls whose texts are counted with a candidate's tokenizer."""
 
 
 @click.command()
@@ -190,14 +189,17 @@ def plan(
     as_json: bool,
 ) -> None:
     """What could take over from MODEL (an alias or a model id), ranked on your own traffic."""
-    from understudy.catalog.plan import RANK_BY, make_plan
+    from understudy.catalog.plan import RANK_BY, latencies_by_model, make_plan
     from understudy.catalog.tiers import parse_rules
+    from understudy.catalog.tokens import ratios_by_model
 
     config = configuration.load(config_path)
     catalog = _catalog(config)
     with _store(config) as store:
         incumbent, shapes = _recorded(config, store, model)
-        latencies, ratios = _latencies(catalog, store), _ratios(config, catalog, store, candidates)
+        latencies = latencies_by_model(catalog, store.latencies())
+        named = {facts.id for name in candidates if (facts := catalog.find(name))}
+        ratios = ratios_by_model(config, catalog, lambda: _counted(store), named)
     made = make_plan(
         catalog,
         incumbent,
@@ -216,36 +218,14 @@ def plan(
         print_plan(made, top)
 
 
-def _latencies(catalog: Catalog, store: Store) -> dict[str, Latency]:
-    """How fast each target has been, by the model behind it."""
-    from understudy.catalog.plan import Latency
+def _counted(store: Store) -> Iterator[Counted]:
+    """The latest calls with their texts and their vendor's count."""
+    from understudy.catalog.tokens import LATEST, Counted
 
-    return {
-        facts.id if (facts := catalog.find(timed.target)) else timed.target: Latency(
-            timed.ttft_s, timed.total_s, timed.tokens_per_s, timed.calls
-        )
-        for timed in store.latencies()
-    }
-
-
-def _ratios(
-    config: Config, catalog: Catalog, store: Store, candidates: Sequence[str]
-) -> dict[str, TokenRatio]:
-    """Token counts by the tokenizers that the overlay names, over the latest recorded calls."""
-    from understudy.catalog.tokens import Counted, token_ratio
-
-    named = {c.id for name in candidates if (c := catalog.find(name))}
-    own = [m for m in catalog if m.tokenizer and (not candidates or m.id in named)]
-    if not own:
-        return {}
-    latest = store.calls(ok=True, limit=COUNTED, newest_first=True, texts=True)
-    counted = [
-        Counted(msgspec.json.decode(c.call.request, type=dict[str, Any]), c.call.usage.prompt_tokens)
-        for c in latest
-        if c.call.request and c.call.usage and not c.call.usage_estimated
-    ]
-    found = {m.id: token_ratio(config.path(m.tokenizer.value), counted, m.id) for m in own if m.tokenizer}
-    return {model: ratio for model, ratio in found.items() if ratio}
+    for c in store.calls(ok=True, limit=LATEST, newest_first=True, texts=True):
+        if c.call.request and c.call.usage and not c.call.usage_estimated:
+            request = msgspec.json.decode(c.call.request, type=dict[str, Any])
+            yield Counted(request, c.call.usage.prompt_tokens)
 
 
 def _catalog(config: Config | None) -> Catalog:

@@ -74,6 +74,8 @@ def print_watch(report: WatchReport) -> None:
             f"{target}: no announced end; retired within a year with probability {year.probability:.0%} "
             f"({year.low:.0%}–{year.high:.0%}, {year.method})"
         )
+    if unpriced := [e.target for e in report.exposures if e.usd_per_month is None]:
+        _say(f"no price is known of {', '.join(unpriced)}: write `prices` into your overlay")
     if report.unknown:
         _say(f"nothing is known of: {', '.join(report.unknown)}")
     if report.kept:
@@ -94,6 +96,8 @@ def print_plan(made: Plan, top: int) -> None:
     _say(f"ranked by {made.ranking}" + (f"; {more} more (--top)" if more > 0 else ""))
     _heading("best for", [f"{c.model}: {c.best_use}" for c in made.candidates if c.best_use])
     _heading("what requests must change in", _changes(made.candidates[:top]))
+    if unpriced := [c.model for c in weighed if c.usd_per_month is None]:
+        _say(f"no price is known of {', '.join(unpriced)}: write `prices` or `hosting` into your overlay")
     _heading("running it yourself", [_hosted(c) for c in weighed if c.usd_per_million_hosted is not None])
     if made.excluded:
         why = ", ".join(f"{r.models} {r.text}" for r in made.reasons)

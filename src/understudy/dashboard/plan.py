@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
-from understudy.catalog.plan import Candidate, Latency, Plan, make_plan
+import msgspec
+
+from understudy.catalog.plan import KEYS, RANK_BY, Candidate, Key, Plan, latencies_by_model, make_plan
 from understudy.catalog.tiers import parse_rules
+from understudy.catalog.tokens import LATEST as COUNTED
+from understudy.catalog.tokens import Counted, ratios_by_model
 from understudy.dashboard.desk import Binding, Desk, total
 
 LATEST = 10_000
@@ -34,6 +38,9 @@ class PlanPage(NamedTuple):
     plan: Plan | None
     month_calls: int
     """Answered calls of this alias in the last 30 days."""
+    rank: str = RANK_BY[0]
+    """What decides first; the usual order decides what it leaves open."""
+    ranks: tuple[str, ...] = tuple(KEYS)
     listed: int = LISTED
     latest: int = LATEST
 
@@ -46,10 +53,10 @@ class PlanPage(NamedTuple):
 
 
 class Plans:
-    """Plans made lately, by alias, target and tolerance."""
+    """Plans made lately, by alias, target and what they are ranked by first."""
 
     def __init__(self) -> None:
-        self._made: OrderedDict[tuple[str, str], Plan] = OrderedDict()
+        self._made: OrderedDict[tuple[str, str, Key], Plan] = OrderedDict()
 
     def page(self, desk: Desk, query: Mapping[str, str]) -> PlanPage:
         """The plan for ``query["alias"]``, or for the first alias there is. Raises StoreError."""
@@ -57,13 +64,15 @@ class Plans:
         chosen = bindings.get(query.get("alias", ""))
         if chosen is None and "alias" not in query:
             chosen = next(iter(bindings.values()), None)
-        plan = self._plan(desk, chosen, "fresh" in query) if chosen else None
+        rank = query.get("rank", "")
+        rank = rank if rank in KEYS else RANK_BY[0]
+        plan = self._plan(desk, chosen, cast(Key, rank), "fresh" in query) if chosen else None
         alias = chosen.alias if chosen else ""
         use = total([hour for hour in desk.hours(MONTH_DAYS) if hour.alias == alias])
-        return PlanPage(desk.now(), list(bindings.values()), chosen, plan, use.calls - use.failed)
+        return PlanPage(desk.now(), list(bindings.values()), chosen, plan, use.calls - use.failed, rank)
 
-    def _plan(self, desk: Desk, chosen: Binding, fresh: bool) -> Plan:
-        asked = (chosen.alias, chosen.model)
+    def _plan(self, desk: Desk, chosen: Binding, rank: Key, fresh: bool) -> Plan:
+        asked = (chosen.alias, chosen.model, rank)
         with _LOCK:  # of many readers at once, one makes the plan
             kept = self._made.get(asked)
             if kept is None or fresh or desk.now() - kept.made_at > KEPT_S:
@@ -75,7 +84,9 @@ class Plans:
                     shapes,
                     now=desk.now(),
                     tiers=rules,
-                    latencies=_latencies(desk),
+                    rank=_order(rank),
+                    latencies=latencies_by_model(desk.catalog, desk.store.latencies()),
+                    ratios=ratios_by_model(desk.config, desk.catalog, lambda: _counted(desk)),
                 )
                 self._made[asked] = kept
                 while len(self._made) > MOST_KEPT:
@@ -83,11 +94,13 @@ class Plans:
             return kept
 
 
-def _latencies(desk: Desk) -> dict[str, Latency]:
-    """How fast each target has been, by the model behind it."""
-    return {
-        facts.id if (facts := desk.catalog.find(timed.target)) else timed.target: Latency(
-            timed.ttft_s, timed.total_s, timed.tokens_per_s, timed.calls
-        )
-        for timed in desk.store.latencies()
-    }
+def _order(first: Key) -> tuple[Key, ...]:
+    return (first, *(key for key in RANK_BY if key != first))
+
+
+def _counted(desk: Desk) -> Iterator[Counted]:
+    """The latest calls with their texts and their vendor's count."""
+    for c in desk.store.calls(ok=True, limit=COUNTED, newest_first=True, texts=True):
+        if c.call.request and c.call.usage and not c.call.usage_estimated:
+            request = msgspec.json.decode(c.call.request, type=dict[str, Any])
+            yield Counted(request, c.call.usage.prompt_tokens)
