@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -66,7 +66,7 @@ class Plans:
             chosen = next(iter(bindings.values()), None)
         rank = query.get("rank", "")
         rank = rank if rank in KEYS else RANK_BY[0]
-        plan = self._plan(desk, chosen, cast(Key, rank), "fresh" in query) if chosen else None
+        plan = self._plan(desk, chosen, rank, "fresh" in query) if chosen else None
         alias = chosen.alias if chosen else ""
         use = total([hour for hour in desk.hours(MONTH_DAYS) if hour.alias == alias])
         return PlanPage(desk.now(), list(bindings.values()), chosen, plan, use.calls - use.failed, rank)
