@@ -13,7 +13,7 @@ from genai_prices import Usage as TheirUsage
 from genai_prices.data_snapshot import get_snapshot
 
 from understudy.catalog.facts import load_catalog
-from understudy.catalog.prices import Rates, Tier, charge, cost, pricer, rates_at
+from understudy.catalog.prices import Rates, Tier, charge, cost, priced_model, pricer, rates_at
 from understudy.config import Endpoint
 from understudy.protocol import Usage
 from understudy.traffic.record import Call
@@ -152,6 +152,16 @@ def test_charges_equal_genai_prices_for_every_model_it_prices_by_token() -> None
             assert charge(rates, ours) == pytest.approx(float(theirs["total_price"]), rel=1e-9), model.id
             compared += 1
     assert compared > 150
+
+
+def test_models_are_found_as_genai_prices_finds_them() -> None:
+    providers = get_snapshot().providers
+    ids = {"openai": "openai", "anthropic": "anthropic", "google": "google", "x-ai": "xai", "aws": "bedrock"}
+    names = [m.model for m in snapshot()] + [f"{m.model}-20260101" for m in snapshot()] + ["", "GPT-4.1"]
+    for provider in providers:
+        for name in names if provider.id in ids else ():
+            theirs = provider.find_model(name, all_providers=providers) if name else None
+            assert priced_model(f"{ids[provider.id]}/{name}") is theirs, (provider.id, name)
 
 
 def test_counts_that_contradict_each_other_never_cost_less_than_nothing() -> None:

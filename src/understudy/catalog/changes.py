@@ -39,7 +39,7 @@ class Change(msgspec.Struct, frozen=True):
     text: str
     calls: int
     source: str
-    kind: Kind
+    kind: Kind = "unsupported"
 
 
 def changes(facts: ModelFacts, leaving: ModelFacts, load: Workload) -> tuple[Change, ...]:

@@ -261,7 +261,7 @@ def _snapshot() -> list[Provider]:
 @lru_cache(maxsize=16_384)
 def _vendor_rates(name: str, at: float, context: tuple[tuple[str, str], ...]) -> Rates | None:
     """genai-prices' price of VENDOR/MODEL; hours are fine enough for prices that differ by time of day."""
-    info = _priced_model(name)
+    info = priced_model(name)
     if info is None:
         return None
     moment = dt.datetime.fromtimestamp(at, dt.UTC)
@@ -277,11 +277,42 @@ def _vendor_rates(name: str, at: float, context: tuple[tuple[str, str], ...]) ->
 
 
 @lru_cache(maxsize=16_384)
-def _priced_model(name: str) -> ModelInfo | None:
+def priced_model(name: str) -> ModelInfo | None:
+    """genai-prices' entry for VENDOR/MODEL, the one its own ``find_model`` finds, without asking every other."""
     vendor, _, model = name.partition("/")
     provider_id = _PROVIDERS.get(vendor, vendor)
     provider = next((p for p in _snapshot() if p.id == provider_id), None)
-    return provider.find_model(model, all_providers=_snapshot()) if provider and model else None
+    if provider is None or not model:
+        return None
+    asked = model.lower()
+    for names, info in _names_of(provider_id):
+        if asked in names if names else info.match.is_match(asked):
+            return info
+    # genai-prices also looks at other providers, and at dates written otherwise
+    if provider.fallback_model_providers or _COMPACT_DAY.search(asked):
+        return provider.find_model(asked, all_providers=_snapshot())
+    return None
+
+
+_COMPACT_DAY = re.compile(r"\d{8}")
+
+
+@cache
+def _names_of(provider_id: str) -> list[tuple[frozenset[str], ModelInfo]]:
+    """A provider's models in order, with the names that are all its match asks for: a look into a set where
+    genai-prices compares one by one. Empty for a match that asks for more."""
+    provider = next(p for p in _snapshot() if p.id == provider_id)
+    return [(_names(info.match), info) for info in provider.models]
+
+
+def _names(match: object) -> frozenset[str]:
+    from genai_prices.types import ClauseEquals, ClauseOr
+
+    if isinstance(match, ClauseEquals):
+        return frozenset({match.equals.lower()})
+    if isinstance(match, ClauseOr) and all(isinstance(clause, ClauseEquals) for clause in match.or_):
+        return frozenset(clause.equals.lower() for clause in match.or_ if isinstance(clause, ClauseEquals))
+    return frozenset()
 
 
 @cache
