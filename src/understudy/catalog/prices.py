@@ -278,7 +278,7 @@ def _vendor_rates(name: str, at: float, context: tuple[tuple[str, str], ...]) ->
 
 @lru_cache(maxsize=16_384)
 def priced_model(name: str) -> ModelInfo | None:
-    """genai-prices' entry for VENDOR/MODEL, the one its own ``find_model`` finds, without asking every other."""
+    """genai-prices' entry for VENDOR/MODEL: the one that its own ``find_model`` finds, sooner."""
     vendor, _, model = name.partition("/")
     provider_id = _PROVIDERS.get(vendor, vendor)
     provider = next((p for p in _snapshot() if p.id == provider_id), None)
