@@ -9,6 +9,7 @@ between two real models with realistic smaller ones.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import math
 import random
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import NamedTuple
@@ -25,9 +27,11 @@ import uvloop
 
 from understudy import config
 from understudy.endpoint import HttpEndpoint
+from understudy.evaluate.proof import Proof
 from understudy.evaluate.replay import prove
 from understudy.evaluate.scores import Table, read
-from understudy.evaluate.sequential import Design, SequentialTest, Unit, Verdict
+from understudy.evaluate.sequential import Design, SequentialTest, Unit, Verdict, shuffled
+from understudy.evaluate.workers import side_by_side
 from understudy.protocol import Usage
 from understudy.traffic.sample import Exchange
 
@@ -194,7 +198,7 @@ def wrong_rates(runs: int) -> None:
     print(
         f"{runs:,} runs each; the bound is 5% for PASS at the exact margin, 10% for FAIL of an equal model.\n"
     )
-    print("| scores | drawn in | wrong PASS | first formulas |")
+    print("| scores | drawn as | wrong PASS | first formulas |")
     print("| --- | --- | --- | --- |")
     design = Design(0.05, 0.05, 0.10)
     for kind in ("right or wrong", "heavily tied", "one bad cluster", "graded"):
@@ -208,12 +212,31 @@ def wrong_rates(runs: int) -> None:
     rng = random.Random(9)
     rate = fmean(_whole_clusters(rng.sample(clusters, 20), design) is Verdict.PASS for _ in range(runs))
     print(f"| one bad cluster | whole clusters | {rate:.2%} | – |")
+    _adversarial(runs, design)
     pairs, rng = (
         [(1.0, 0.0)] * 15 + [(0.0, 1.0)] * 15 + [(1.0, 1.0)] * 120 + [(0.0, 0.0)] * 50,
         random.Random(3),
     )
     rate = fmean(decide(rng.sample(pairs, 200), design).verdict is Verdict.FAIL for _ in range(runs))
     print(f"\nWrong FAIL of an equal model: {rate:.2%}.\n")
+
+
+def _adversarial(runs: int, design: Design) -> None:
+    """Items handed in with all wins first and all losses last, and every verdict asked for again and again:
+    only the committed order, drawn from seed and keys, stands between them and a wrong PASS."""
+    pairs = sorted(exact_margin("right or wrong"), key=lambda pair: pair[0] - pair[1])
+    keys = {f"item-{i:03}": pair for i, pair in enumerate(pairs)}
+    wrong = 0
+    for seed in range(runs):
+        test = SequentialTest([Unit(a) for a, _ in pairs], design)
+        ever = False
+        for key in shuffled(keys, seed):
+            a, b = keys[key]
+            test.observe(Unit(a), b)
+            # looking on after any verdict, and counting every moment at which one would have said PASS
+            ever = ever or (test.path[-1].e_pass >= design.pass_at and test.calls < len(pairs))
+        wrong += ever
+    print(f"| right or wrong, losses last | single items, peeked at to the end | {wrong / runs:.2%} | – |")
 
 
 def _whole_clusters(order: Sequence[Pairs], design: Design) -> Verdict:
@@ -266,16 +289,94 @@ asyncio.run(main())
 """
 
 
-def in_flight(items: int, concurrency: int) -> None:
-    """A fake endpoint that answers after half a second, in a process of its own."""
+@contextmanager
+def fake_endpoint() -> Generator[int]:
+    """The port of an endpoint that answers after half a second, in a process of its own."""
     server = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        port = int(server.stdout.readline())
-        uvloop.run(_in_flight(port, items, concurrency))
+        yield int(server.stdout.readline())
     finally:
         server.terminate()
         server.wait()
+
+
+def in_flight(items: int, concurrency: int) -> None:
+    with fake_endpoint() as port:
+        bare = uvloop.run(_bare(port, items, concurrency))
+        print(f"- The HTTP client alone, {concurrency:,} calls in flight: {bare:,.0f} CPU-µs a call")
+        uvloop.run(_in_flight(port, items, concurrency))
+
+
+async def _bare(port: int, items: int, concurrency: int) -> float:
+    """CPU-µs a call of the client without an evaluation around it."""
+    url = f"http://127.0.0.1:{port}/v1"
+    waiting = iter(range(items))
+
+    async with HttpEndpoint("fake/m", url, "m", connections=concurrency) as endpoint:
+
+        async def work() -> None:
+            for i in waiting:
+                await endpoint.chat(_exchange(i, "yes").request)
+
+        before = time.process_time()
+        await side_by_side(work, concurrency)
+        return 1e6 * (time.process_time() - before) / items
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import evaluate
+asyncio.run(evaluate.resumed({port}, Path({folder!r})))
+"""
+
+
+async def resumed(port: int, folder: Path) -> Proof:
+    """One evaluation of 300 items, begun or gone on with."""
+    rng = random.Random(6)
+    sample = [_exchange(i, "yes" if rng.random() < 0.5 else "no") for i in range(300)]
+    settings = config.Evaluate(margin=0.05, concurrency=8)
+    async with HttpEndpoint("fake/m", f"http://127.0.0.1:{port}/v1", "m") as endpoint:
+        return await prove(endpoint, sample, settings, evidence=folder)
+
+
+def killed_ten_times() -> None:
+    """An evaluation in a process that is killed (SIGKILL) ten times while it calls, and one left alone."""
+    here = str(Path(__file__).resolve().parent)
+    with ExitStack() as stack:
+        port = stack.enter_context(fake_endpoint())
+        whole, cut = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
+        left_alone = asyncio.run(resumed(port, Path(whole)))
+        file, kills, lines = Path(cut) / "fake-m-*.jsonl", 0, 0
+        while kills < 10:
+            program = KILLED.format(here=here, port=port, folder=cut)
+            child = subprocess.Popen([sys.executable, "-c", program])
+            lines = _await_lines(file, lines + 8, child)
+            if child.poll() is not None:
+                break
+            child.kill()
+            child.wait()
+            kills += 1
+        proof = asyncio.run(resumed(port, Path(cut)))
+        keys = [line.split(b'"', 4)[3] for line in _lines(file)[1:]]
+    same = all(getattr(proof, n) == getattr(left_alone, n) for n in ("verdict", "calls", "e_pass", "e_fail"))
+    print(f"- Killed {kills} times and gone on with: {proof.verdict} after {proof.calls} calls, the same as")
+    print(f"  left alone: {same}; {len(keys)} calls kept, {len(keys) - len(set(keys))} of them twice")
+
+
+def _lines(pattern: Path) -> list[bytes]:
+    found = sorted(pattern.parent.glob(pattern.name))
+    return found[0].read_bytes().splitlines() if found else []
+
+
+def _await_lines(pattern: Path, wanted: int, child: subprocess.Popen[bytes]) -> int:
+    """Wait until the evidence has grown, or the child has ended."""
+    until = time.monotonic() + 60
+    while len(_lines(pattern)) < wanted and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    return len(_lines(pattern))
 
 
 async def _in_flight(port: int, items: int, concurrency: int) -> None:
@@ -313,3 +414,4 @@ if __name__ == "__main__":
     wrong_rates(given.runs)
     speed()
     in_flight(20_000, 2_000)
+    killed_ten_times()

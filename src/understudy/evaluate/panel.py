@@ -36,18 +36,21 @@ class Panel:
     """The tests of one candidate, fed item by item in the committed order."""
 
     def __init__(self, metrics: Sequence[Metric], items: Sequence[Item], rates: Rates) -> None:
-        can_fail = sum(m.required and m.can_fail for m in metrics)
-        beta = rates.beta / max(can_fail, 1)
         self.metrics = [m for m in metrics if any(m.scores(item) for item in items)]
+        self.required = [m for m in self.metrics if m.required]
+        self.own = {m.name: {i.key: m.incumbent(i) for i in items if m.scores(i)} for m in self.metrics}
+        """Metric to item to the incumbent's score."""
+        beta = rates.beta / max(sum(m.can_fail for m in self.required), 1)
         self.tests = {
             m.name: SequentialTest(
-                [Unit(m.incumbent(item)) for item in items if m.scores(item)],
+                [Unit(score) for score in self.own[m.name].values()],
                 Design(m.margin, rates.alpha, beta, rates.candidates, m.good),
             )
             for m in self.metrics
         }
-        self.required = [m for m in self.metrics if m.required]
         self._idle = 0
+        self.settled = False
+        """No further answer can change the verdict: it has come, or every required test has said its word."""
 
     def wants(self, item: Item) -> bool:
         """Whether the item's answer can still tell something; once no, always no."""
@@ -68,8 +71,11 @@ class Panel:
         self._idle += not self._open_on(item)
         for metric in self.metrics:
             # a judge is no longer asked once its test has decided
-            if metric.scores(item) and not (metric.basis == "judge" and self._decided(metric)):
-                self.tests[metric.name].observe(Unit(metric.incumbent(item)), candidate(metric))
+            own = self.own[metric.name].get(item.key)
+            if own is not None and not (metric.basis == "judge" and self._decided(metric)):
+                self.tests[metric.name].observe(Unit(own), candidate(metric))
+        spoken = all(self._decided(m) for m in self.required)
+        self.settled = spoken or self.verdict is not Verdict.UNDECIDED
 
     def verdict_of(self, metric: Metric) -> Verdict:
         """A metric's own verdict: unlike the incumbent is not yet worse than it."""
@@ -83,11 +89,6 @@ class Panel:
             return Verdict.FAIL
         passed = bool(verdicts) and all(v is Verdict.PASS for v in verdicts)
         return Verdict.PASS if passed else Verdict.UNDECIDED
-
-    @property
-    def settled(self) -> bool:
-        """No further answer can change the verdict: it has come, or every required test has said its word."""
-        return self.verdict is not Verdict.UNDECIDED or all(self._decided(m) for m in self.required)
 
     @property
     def leading(self) -> Metric:

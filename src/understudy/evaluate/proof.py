@@ -216,7 +216,7 @@ def weigh(
     leading = panel.leading
     outcome = panel.tests[leading.name].outcome()
     own = [p for p in pairs if leading.scores(p.item)]
-    scores = [_scores(p, leading, preferences) for p in own]
+    scores = [_scores(panel, p, leading, preferences) for p in own]
     doubts = _doubts(panel, pairs, preferences, people)
     return Proof(
         candidate=header.candidate,
@@ -242,7 +242,7 @@ def weigh(
         path=_thinned(outcome.path),
         incumbent_mean=_mean(a for a, _ in scores),
         candidate_mean=_mean(b for _, b in scores),
-        incumbent_mean_all=_mean(leading.incumbent(item) for item in items if leading.scores(item)),
+        incumbent_mean_all=_mean(panel.own[leading.name].values()),
         agreement=sum(item.agreement for item in items) / len(items),
         clusters=len({item.cluster or item.key for item in items}),
         future=generalise(
@@ -295,12 +295,16 @@ def awaits_judge(panel: Panel, item: Item, call: Call, preferences: Mapping[str,
 def _pair(panel: Panel, item: Item, call: Call, preferences: Mapping[str, float | None]) -> _Pair:
     metric = primary(panel.metrics, item)
     candidate = metric.candidate(item, call, preferences.get(item.key))
-    return _Pair(item, call, metric, metric.incumbent(item), candidate)
+    return _Pair(item, call, metric, panel.own[metric.name][item.key], candidate)
 
 
-def _scores(pair: _Pair, metric: Metric, preferences: Mapping[str, float | None]) -> tuple[float, float]:
-    given = preferences.get(pair.item.key)
-    return metric.incumbent(pair.item), metric.candidate(pair.item, pair.call, given)
+def _scores(
+    panel: Panel, pair: _Pair, metric: Metric, preferences: Mapping[str, float | None]
+) -> tuple[float, float]:
+    own = panel.own[metric.name][pair.item.key]
+    if metric is pair.metric:
+        return own, pair.candidate
+    return own, metric.candidate(pair.item, pair.call, preferences.get(pair.item.key))
 
 
 def _doubts(
@@ -345,7 +349,7 @@ def _result(
 ) -> MetricResult:
     test = panel.tests[metric.name]
     outcome = test.outcome()
-    scores = [_scores(p, metric, preferences) for p in pairs if metric.scores(p.item)][: outcome.calls]
+    scores = [_scores(panel, p, metric, preferences) for p in pairs if metric.scores(p.item)][: outcome.calls]
     return MetricResult(
         name=metric.name,
         basis=metric.basis,
@@ -400,7 +404,7 @@ def _stratum(
 ) -> Stratum:
     metric = next(m for m in panel.metrics if m.name == task[1])
     test = SequentialTest(
-        [Unit(metric.incumbent(item)) for item in items],
+        [Unit(panel.own[metric.name][item.key]) for item in items],
         Design(metric.margin, header.alpha, header.beta, header.candidates, metric.good),
     )
     for pair in pairs:

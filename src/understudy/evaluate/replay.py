@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -235,7 +236,11 @@ class _Replay:
         self._counted = 0
         self._pending: set[str] = set()
         """Taken and not yet counted."""
-        self._moved = asyncio.Event()
+        self._ahead = 1
+        """Most items taken and not yet counted."""
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        """Workers with nothing to take; each is woken alone, for waking thousands at every call costs more
+        than the calls."""
         self._silent: list[Call] = []
         self._progress = progress
 
@@ -243,8 +248,8 @@ class _Replay:
         """Call until decided; calls in flight at that moment are finished and kept."""
         self._count()
         self._next, self._asked = self._place, self._counted
-        ahead = max(1, concurrency)
-        await side_by_side(lambda: self._work(journal, ahead), ahead)
+        self._ahead = max(1, concurrency)
+        await side_by_side(lambda: self._work(journal), self._ahead)
         self._flush(journal)
         self._count()
 
@@ -252,22 +257,22 @@ class _Replay:
     def _over(self) -> bool:
         return self._panel.settled or self._counted == self._budget or self._place == len(self._order)
 
-    async def _work(self, journal: Journal, ahead: int) -> None:
-        while (key := await self._take(ahead)) is not None:
+    async def _work(self, journal: Journal) -> None:
+        while (key := await self._take()) is not None:
             if key not in self.calls:
                 await self._call(key, journal)
             if key in self.calls:
                 await self._compare(key)
             self._count()
 
-    async def _take(self, ahead: int) -> str | None:
+    async def _take(self) -> str | None:
         """The next key with something to ask; waits while the count lags, so little is paid beyond the
         verdict."""
-        while not self._over and self._next < len(self._order) and self._asked < self._budget:
+        while not self._exhausted:
             key = self._order[self._next]
-            if len(self._pending) >= ahead + len(self._silent):
-                self._moved.clear()
-                await self._moved.wait()
+            if self._room <= 0:
+                self._waiting.append(asyncio.get_running_loop().create_future())
+                await self._waiting[-1]
             elif not self._panel.wants(self._items[key]):
                 self._next += 1
             elif self._ready(key):
@@ -279,6 +284,24 @@ class _Replay:
                 self._pending.add(key)
                 return key
         return None
+
+    @property
+    def _exhausted(self) -> bool:
+        """Nothing is left to take."""
+        return self._over or self._next == len(self._order) or self._asked == self._budget
+
+    @property
+    def _room(self) -> int:
+        """Items that may be taken now."""
+        return self._ahead + len(self._silent) - len(self._pending)
+
+    def _wake(self) -> None:
+        """Let as many workers look again as there is something to take for; all when there is nothing."""
+        many = len(self._waiting) if self._exhausted else min(self._room, len(self._waiting))
+        for _ in range(many):
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
 
     def _ready(self, key: str) -> bool:
         """Whether an item can be counted as it is."""
@@ -327,7 +350,7 @@ class _Replay:
             self._keep(call, journal)
             return
         self._silent.append(call)
-        self._moved.set()
+        self._wake()
         if len(self._silent) >= SILENCES:
             raise error
 
@@ -345,19 +368,17 @@ class _Replay:
 
     def _count(self) -> None:
         """Count what is there in the committed order, up to the first gap."""
-        self._moved.set()
         while not self._over:
             key = self._order[self._place]
             item = self._items[key]
-            if not self._panel.wants(item):
-                self._place += 1
-                self._pending.discard(key)
-            elif self._ready(key):
-                self._place += 1
-                self._pending.discard(key)
+            wanted = self._panel.wants(item)
+            if wanted and not self._ready(key):
+                break
+            self._place += 1
+            self._pending.discard(key)
+            if wanted:
                 self._observe(item, self.calls[key])
-            else:
-                return
+        self._wake()
 
     def _observe(self, item: Item, call: Call) -> None:
         self._panel.observe(item, lambda m: m.candidate(item, call, self.preferences.get(item.key)))
