@@ -403,6 +403,35 @@ def benchmark_(
         click.echo(f"{pair.suite}  difference {points(pair.difference)} points ({span}){_few(pair.few)}")
 
 
+@evaluate.command("users")
+@click.option("--alias", required=True, help="The alias whose recorded traffic is read.")
+@config_option
+@json_option
+def users_(alias: str, config_path: Path, as_json: bool) -> None:
+    """What users had to put up with, by the model that answered: retries, rephrasings, negative feedback."""
+    from understudy import config
+    from understudy.evaluate import trial
+
+    found = trial.users(config.load(config_path), alias)
+    if as_json:
+        print_json(found)
+        return
+    for arm in found:
+        click.echo(f"{arm.model}  {arm.tasks:,} tasks")
+        for name, rate in (
+            ("asked again", arm.retried),
+            ("asked otherwise", arm.rephrased),
+            ("negative feedback", arm.negative),
+            ("frustrated", arm.frustrated),
+            ("completed", arm.completed),
+        ):
+            span = f"{rate.share:6.1%} ({rate.low:.1%} to {rate.high:.1%}) of {rate.of:,}"
+            click.echo(f"  {name:<18} {span if rate.of else 'nobody said'}")
+        if arm.more_frustrated is not None:
+            more, low, high = (points(part) for part in arm.more_frustrated)
+            click.echo(f"  frustrated {more} points more than with {found[0].model} ({low} to {high})")
+
+
 @evaluate.command("lm-eval")
 @click.argument("tasks", nargs=-1, required=True, metavar="TASK…")
 @click.option("--model", required=True, help="ENDPOINT/MODEL.")

@@ -13,6 +13,7 @@ A folder holds:
     evidence/repeats-MODEL.jsonl  the same questions asked again         (flicker.measure)
     evidence/judged-CANDIDATE.jsonl  what a judge prefers              (judge.judge_pairs)
     evidence/labels.jsonl         what people prefer                     (understudy label)
+    evidence/users.jsonl          what users had to put up with         (users.write_marks)
     evidence/performance.json     speed samples, memory, prices          (performance.write_performance)
     evidence/plan.json            catalog's plan, as it was              (the drill)
     evidence/own-report.json      how the own model was made             (the drill)
@@ -57,6 +58,7 @@ from understudy.evaluate.performance import Cost, ModelSheet, Speed, cost, read_
 from understudy.evaluate.proof import Guard, Proof, Tokens, score_of, weigh
 from understudy.evaluate.sequential import Verdict
 from understudy.evaluate.task import TaskFigures, of_candidate, of_incumbent
+from understudy.evaluate.users import UserFigures, figures, read_marks
 from understudy.protocol import Json
 
 FORMAT = "understudy-certificate/3"
@@ -210,6 +212,8 @@ class Certificate(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     tasks: list[TaskFigures] = []
     """Completion and cost per completed task on the asked items: the incumbent on those of the first
     candidate, then every candidate."""
+    users: list[UserFigures] = []
+    """What users of the recorded traffic had to put up with, by who answered them; the incumbent first."""
     judged: list[Judged] = []
     """What the judge says of each candidate, and what is known of the judge, where one was asked."""
 
@@ -269,6 +273,7 @@ class _Evidence:
         ]
         self.repeats = read_repeats(folder)
         self.judgements = judge_files.read_judgements(folder)
+        self.users = read_marks(folder)
         self.labels = judge_files.read_labels(folder)
         self.sheets = read_performance(folder)
         self.plan = _decode(folder / PLAN, _Plan) if (folder / PLAN).exists() else _Plan()
@@ -354,6 +359,7 @@ def build(folder: Path) -> Certificate:
         diversity=diversity,
         flicker=_flicker(found, candidates),
         tasks=_tasks(found, candidates),
+        users=figures(found.users, found.question.incumbent),
         judged=judged,
     )
 

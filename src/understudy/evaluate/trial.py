@@ -46,12 +46,27 @@ from understudy.evaluate.flicker import measure
 from understudy.evaluate.judge import header_of, judge_pairs, refuse_kin
 from understudy.evaluate.replay import Bench, Progress, prove
 from understudy.evaluate.thrift import CachedEndpoint, PacedEndpoint, Price
+from understudy.evaluate.users import UserFigures, figures, marks_of, write_marks
 from understudy.protocol import Usage
 from understudy.traffic.sample import Exchange, exchanges, sample_hash, shapes, split
 from understudy.traffic.store import open_store
 
 Report = Callable[[str, Progress], None]
 T = TypeVar("T")
+
+
+def users(settings: config.Config, alias: str) -> list[UserFigures]:
+    """What the alias's users had to put up with, by the model that answered them; today's model first."""
+    with open_store(settings.store.url, Path(settings.root)) as store:
+        marks = marks_of(exchanges(store, alias, only_ok=False))
+    if not marks:
+        raise InputError(
+            f"no exchange of {alias!r} is recorded with its texts",
+            expected="an alias with recorded chat traffic",
+            next_step="understudy traffic show, then understudy up and send traffic through it",
+        )
+    today = settings.aliases[alias].model if alias in settings.aliases else marks[0].model
+    return figures(marks, today)
 
 
 def held_out(settings: config.Config, alias: str) -> list[Exchange]:
@@ -146,6 +161,8 @@ async def evaluate(
         await _repeat(loaded, [incumbent_of(sample), *targets], sample, settings, out, repeats)
     if settings.judge:
         await _judge(loaded, targets, sample, settings, out)
+    with open_store(loaded.store.url, Path(loaded.root)) as store:
+        write_marks(out / EVIDENCE, marks_of(exchanges(store, alias, only_ok=False)))
     question = _question(alias, targets, sample, settings, plan)
     fallbacks = loaded.aliases[alias].fallback if alias in loaded.aliases else []
     write_question(out, msgspec.structs.replace(question, fallbacks=fallbacks))
