@@ -222,7 +222,10 @@ def _opened(splits: Mapping[str, Sequence[Path]]) -> Any:
         ".json": datasets.Dataset.from_json,
         ".jsonl": datasets.Dataset.from_json,
     }
-    return datasets.DatasetDict(
+    # a task asks for the splits of its few-shot examples even when it wants none: these are then empty
+    empty = {"__missing__": lambda held, split: next(iter(held.values())).select([])}
+    kind: Any = type("LocalData", (datasets.DatasetDict,), empty)
+    return kind(
         {
             split: datasets.concatenate_datasets([readers[file.suffix](str(file)) for file in files])
             for split, files in splits.items()

@@ -19,7 +19,7 @@ from understudy.evaluate.grade import calls_exist, grade, is_json, refuses
 from understudy.evaluate.metrics import RESTS_ON, Basis, Metric, primary
 from understudy.evaluate.panel import Panel
 from understudy.evaluate.scores import Generalisation, finite, generalise
-from understudy.evaluate.sequential import Design, Point, SequentialTest, Unit, Verdict, shuffled
+from understudy.evaluate.sequential import Design, Outcome, Point, SequentialTest, Unit, Verdict, shuffled
 
 PATH_POINTS = 200
 """Points of the e-value path kept for the plot."""
@@ -214,7 +214,8 @@ def weigh(
     seen = _walk(header, by_key, answered, preferences)
     panel, pairs = seen
     leading = panel.leading
-    outcome = panel.tests[leading.name].outcome()
+    outcomes = {name: test.outcome() for name, test in panel.tests.items()}
+    outcome = outcomes[leading.name]
     own = [p for p in pairs if leading.scores(p.item)]
     scores = [_scores(panel, p, leading, preferences) for p in own]
     doubts = _doubts(panel, pairs, preferences, people)
@@ -225,7 +226,7 @@ def weigh(
         rests_on=_rests_on(panel, items),
         doubts=doubts,
         leading=leading.name,
-        metrics=[_result(panel, metric, pairs, preferences) for metric in panel.metrics],
+        metrics=[_result(panel, m, outcomes[m.name], pairs, preferences) for m in panel.metrics],
         calls=len(pairs),
         paid=sum(not call.cached for call in answered.values()),
         items=len(items),
@@ -345,10 +346,13 @@ def _rests_on(panel: Panel, items: Sequence[Item]) -> str:
 
 
 def _result(
-    panel: Panel, metric: Metric, pairs: Sequence[_Pair], preferences: Mapping[str, float | None]
+    panel: Panel,
+    metric: Metric,
+    outcome: Outcome,
+    pairs: Sequence[_Pair],
+    preferences: Mapping[str, float | None],
 ) -> MetricResult:
     test = panel.tests[metric.name]
-    outcome = test.outcome()
     scores = [_scores(panel, p, metric, preferences) for p in pairs if metric.scores(p.item)][: outcome.calls]
     return MetricResult(
         name=metric.name,
