@@ -51,9 +51,7 @@ def _in_browser(labelling: Labelling, most: int, port: int) -> int:
 
     async def session() -> int:
         page = LabelPage(labelling, most)
-        await serve(
-            page, port, lambda url: click.echo(f"open {url} (Finish there, or Ctrl-C here)", err=True)
-        )
+        await serve(page, port, _say_where)
         return page.done
 
     before = labelling.count

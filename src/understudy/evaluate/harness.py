@@ -222,12 +222,15 @@ def _opened(splits: Mapping[str, Sequence[Path]]) -> Any:
         ".json": datasets.Dataset.from_json,
         ".jsonl": datasets.Dataset.from_json,
     }
-    # a task asks for the splits of its few-shot examples even when it wants none: these are then empty
-    empty = {"__missing__": lambda held, split: next(iter(held.values())).select([])}
-    kind: Any = type("LocalData", (datasets.DatasetDict,), empty)
+    kind: Any = type("LocalData", (datasets.DatasetDict,), {"__missing__": _empty_split})
     return kind(
         {
             split: datasets.concatenate_datasets([readers[file.suffix](str(file)) for file in files])
             for split, files in splits.items()
         }
     )
+
+
+def _empty_split(held: Mapping[str, Any], split: str) -> Any:
+    """A task asks for the split of its few-shot examples even when it wants none."""
+    return next(iter(held.values())).select([])
