@@ -25,6 +25,7 @@ BENCHES = (
     "dashboard",
     "pruning",
     "distillation",
+    "mixtures",
     "vision",
     "serving",
 )
