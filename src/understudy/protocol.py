@@ -18,7 +18,7 @@ Json = dict[str, Any]
 Modality = Literal["text", "image", "audio", "file"]
 
 
-class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Tokens of one call. Cached and cache-write tokens are part of ``prompt_tokens``, reasoning tokens of
     ``completion_tokens``, and ``output_audio_tokens`` of ``audio_tokens``: each can have its own price.
 
@@ -51,8 +51,11 @@ class Cost(NamedTuple):
     """Where the price comes from, e.g. ``genai-prices 0.2.3`` or the overlay's file."""
 
 
-class CallShape(NamedTuple):
-    """What planning needs to know of one recorded call; no text."""
+class CallShape(msgspec.Struct, frozen=True, gc=False):
+    """What planning needs to know of one recorded call; no text.
+
+    There may be hundreds of thousands, and no cycle passes through one: Python's collector need not walk them.
+    """
 
     at: float
     """Unix seconds."""

@@ -14,7 +14,7 @@ import pytest
 from understudy.catalog.bindings import Binding, answering, bindings_of
 from understudy.catalog.facts import Catalog, ModelFacts, load_catalog
 from understudy.catalog.plan import Latency, Plan, Reason, TokenRatio, make_plan
-from understudy.catalog.prices import charge, rates_at
+from understudy.catalog.prices import Rates, Sums, Tier, charge, rates_at, sums_of
 from understudy.catalog.purpose import purpose_of
 from understudy.catalog.tokens import Counted, token_ratio
 from understudy.catalog.watch import severity, watch
@@ -73,7 +73,7 @@ def shape(prompt: int = 100, answer: int = 10, *features: str, **fields: object)
         task="",
         completed=None,
     )
-    return base._replace(**fields)
+    return msgspec.structs.replace(base, **fields)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +397,98 @@ def test_a_workload_costs_what_its_calls_cost_one_by_one() -> None:
         assert load.usd(rates) == pytest.approx(sum(charge(rates, s.usage) for s in shapes), rel=1e-12)
 
 
+def _of_every_kind(rng: random.Random) -> Usage:
+    prompt, said = rng.choice([0, 10, 7_000, 9_001, 200_001]), rng.randint(0, 1_500)
+    heard, spoken = rng.choice([(0, 0), (rng.randint(0, prompt), rng.randint(0, said))])
+    written = rng.choice([0, prompt // 5])
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=said,
+        cached_tokens=rng.choice([0, prompt // 3]),
+        audio_tokens=heard + spoken,
+        output_audio_tokens=spoken,
+        reasoning_tokens=rng.choice([0, (said - spoken) // 2]),
+        cache_write_tokens=written,
+        cache_write_1h_tokens=written // 2,
+    )
+
+
+def test_tokens_of_every_price_are_summed_as_call_by_call_to_the_token() -> None:
+    rng = random.Random(3)
+    shapes = [
+        shape(usage=_of_every_kind(rng), features=frozenset(rng.choice([(), ("stream",)])))
+        for _ in range(400)
+    ]
+    load = Workload(shapes, NOW)
+    prices = [name for name in Tier.__struct_fields__ if name != "above"]
+    for name in prices:
+        # a dollar a token of this price alone: what they cost is how many there are
+        row = {other: 1e6 * (other == name) for other in prices}
+        rates = Rates(tiers=(Tier(**row), Tier(above=9_000, **{k: 2 * v for k, v in row.items()})))
+        assert load.usd(rates) == sum(charge(rates, s.usage) for s in shapes) > 0, name
+        nothing = Rates(tiers=(Tier(**dict.fromkeys(row, 0.0)),))
+        waiting = [s for s in shapes if "stream" in s.features]
+        assert load.usd_batched(rates, nothing) == sum(charge(rates, s.usage) for s in waiting), name
+    assert len(prices) == len(Sums._fields) == len(sums_of(Usage()))
+
+
+def test_a_plan_counts_what_fits_as_call_by_call(catalog: Catalog) -> None:
+    rng = random.Random(4)
+    shapes = [
+        shape(
+            *(rng.choice([10, 700, 7_000, 11_000]), rng.choice([1, 300, 990, 1_200])),
+            *rng.sample(["tools", "json_schema", "stream"], rng.randint(0, 2)),
+            modalities=frozenset(rng.choice([["text"], ["text", "image"]])),
+            max_tokens=rng.choice([0, 900, 1_200]),
+        )
+        for _ in range(300)
+    ]
+    made = make_plan(catalog, "v/old", shapes, ["v/new", "w/cheap", "w/dear", "w/small", "w/mute"], now=NOW)
+    for candidate in (*made.candidates, *made.excluded):
+        facts = catalog.find(candidate.model)
+        assert facts
+        assert candidate.fitting == sum(_takes(facts, s) for s in shapes), candidate.model
+
+
+def _takes(facts: ModelFacts, call: CallShape) -> bool:
+    """Whether a model of `OVERLAY` can answer a call, as the documentation says it."""
+    bound, said = 1.0 if facts.vendor == "v" else 1.3, call.usage.completion_tokens
+    assert facts.context_window
+    assert facts.inputs
+    assert facts.features
+    return (
+        call.usage.total_tokens * bound <= facts.context_window.value
+        and (not facts.output_limit or max(said * bound, call.max_tokens) <= facts.output_limit.value)
+        and call.modalities <= facts.inputs.value
+        and call.features - {"stream"} <= facts.features.value
+    )
+
+
+def test_two_names_of_one_model_are_weighed_once(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    terms = "{context_window: 8000, prices: {input: 1.0, output: 3.0}}"
+    path.write_text(
+        f"models:\n  v/big-4: {terms}\n  v/big-4-0: {terms}\n  v/big-10: {terms}\n  v/big-1: {terms}\n"
+        "  v/big-5: {context_window: 8000, prices: {input: 1.0, output: 3.0}}\n"
+        "  v/big-5.0: {context_window: 8000, prices: {input: 2.0, output: 3.0}}\n"
+    )
+    catalog = load_catalog(path)
+    big = {"v/big-4", "v/big-4-0", "v/big-10", "v/big-1", "v/big-5", "v/big-5.0"}
+
+    def shown(incumbent: str) -> tuple[set[str], Plan]:
+        made = make_plan(catalog, incumbent, [shape()], None, now=NOW)
+        return {c.model for c in made.candidates} & big, made
+
+    models, made = shown("openai/gpt-4.1")
+    assert models == big - {"v/big-4-0"}  # at another price it is told apart
+    assert made.passed_over["another name of one that is weighed"] >= 1
+    assert not {"mistral/mistral-large-4-0"} & {c.model for c in made.candidates}
+    assert "mistral/mistral-large-4" in {c.model for c in made.candidates}
+    models, made = shown("v/big-4-0")
+    assert models == big - {"v/big-4", "v/big-4-0"}
+    assert made.passed_over["the incumbent under another name"] == 1
+
+
 def test_a_plan_survives_json_for_it_is_evidence(catalog: Catalog) -> None:
     made = make_plan(catalog, "v/old", [shape()], None, now=NOW)
     assert len(made.candidates) > 50
@@ -423,7 +515,7 @@ def _lacks(facts: ModelFacts) -> frozenset[str]:
 def test_the_months_band_is_that_of_the_days(catalog: Catalog) -> None:
     # ten days of 1, 2, 1, 2 … calls of 1,000 prompt tokens at $1 a million
     shapes = [shape(1000, 0, at=NOW - (10 - d) * DAY + 60) for d in range(10) for _ in range(1 + d % 2)]
-    shapes[0] = shapes[0]._replace(at=NOW - 10 * DAY)
+    shapes[0] = msgspec.structs.replace(shapes[0], at=NOW - 10 * DAY)
     new = make_plan(catalog, "v/old", shapes, ["v/new"], now=NOW).candidates[0]
     middle, spread = 0.0015 * 30.44, math.sqrt(10 * 0.0005**2 / 9) * math.sqrt(30.44)
     assert new.usd_low == pytest.approx(middle - 1.2816 * spread)

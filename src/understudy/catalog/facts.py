@@ -42,7 +42,7 @@ Feature = Literal[
 ]  # fmt: skip
 
 
-class Claim(msgspec.Struct, Generic[T], frozen=True):
+class Claim(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """What one source says."""
 
     value: T
@@ -51,7 +51,7 @@ class Claim(msgspec.Struct, Generic[T], frozen=True):
     """Day (ISO 8601) on which the source said so."""
 
 
-class Fact(msgspec.Struct, Generic[T], frozen=True):
+class Fact(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """The claim believed, and all that were made."""
 
     value: T
@@ -70,7 +70,7 @@ class Fact(msgspec.Struct, Generic[T], frozen=True):
         return self.source.endswith("-estimate")
 
 
-class Details(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Details(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """USD per million tokens of particular kinds."""
 
     cached: float | None = None
@@ -87,14 +87,14 @@ class Details(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of answer tokens that are thought, not said; None: as ``output``."""
 
 
-class Batch(Details, frozen=True, kw_only=True, omit_defaults=True):
+class Batch(Details, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What a vendor's batch API takes."""
 
     input: float
     output: float
 
 
-class LongPrompts(Details, frozen=True, kw_only=True, omit_defaults=True):
+class LongPrompts(Details, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What all tokens of a call cost whose prompt is longer than ``above`` tokens."""
 
     above: int
@@ -102,7 +102,7 @@ class LongPrompts(Details, frozen=True, kw_only=True, omit_defaults=True):
     output: float
 
 
-class ListPrice(Details, frozen=True, kw_only=True, omit_defaults=True):
+class ListPrice(Details, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A price in USD per million tokens, from a day on."""
 
     input: float
@@ -122,7 +122,7 @@ class Hosting(msgspec.Struct, frozen=True, kw_only=True):
     """Generated tokens per second, all slots together, measured under your load."""
 
 
-class Energy(msgspec.Struct, frozen=True, kw_only=True):
+class Energy(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a million answer tokens take, from the lower to the upper end of the estimate."""
 
     kwh: tuple[float, float]

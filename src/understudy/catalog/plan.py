@@ -9,6 +9,7 @@ be any good: that is proven, not planned (evaluate).
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -242,7 +243,7 @@ def make_plan(
     if candidates is not None:
         named = [_known(catalog, c) for c in candidates]
     else:
-        named = [facts for facts in catalog if not _passed_over(catalog, facts, passed)]
+        named = [facts for facts in catalog if not _passed_over(catalog, facts, leaving, passed)]
     weighed = [scale.weigh(facts) for facts in named if facts.id != leaving.id]
     weighed.sort(key=lambda c: (*(_RANK[key](c) for key in rank), c.model))
     kept = [c for c in weighed if c.share >= 1 - tolerance and not _gone(c)]
@@ -297,7 +298,7 @@ def _known(catalog: Catalog, name: str) -> ModelFacts:
     return facts
 
 
-def _passed_over(catalog: Catalog, facts: ModelFacts, counts: dict[str, int]) -> bool:
+def _passed_over(catalog: Catalog, facts: ModelFacts, leaving: ModelFacts, counts: dict[str, int]) -> bool:
     """Whether a model is not worth weighing by itself; the reason is counted."""
     family = family_of(facts.id)
     if facts.vendor in RESELLERS:
@@ -310,12 +311,34 @@ def _passed_over(catalog: Catalog, facts: ModelFacts, counts: dict[str, int]) ->
         reason = "a fine-tuned form that is yours to train first"
     elif family != facts.id and family in catalog:
         reason = "a dated twin of another"
+    elif _shown_as(catalog, facts) not in (facts.id, leaving.id):
+        reason = "another name of one that is weighed"
+    elif facts.id != leaving.id and facts.id == _shown_as(catalog, leaving):
+        reason = "the incumbent under another name"
     elif not facts.context_window or not (facts.prices or facts.hosting):
         reason = "no context window or no price known"
     else:
         return False
     counts[reason] = counts.get(reason, 0) + 1
     return True
+
+
+def _shown_as(catalog: Catalog, facts: ModelFacts) -> str:
+    """The shorter of two ids of one model: mistral-large-4 for mistral-large-4-0.
+
+    Rule: the longer id only adds a minor version of zero, and price, context and output limit are told alike.
+    """
+    shorter = _ZERO_VERSION.sub("", facts.id)
+    twin = next((m for m in (catalog.find(shorter),) if m and m.id == shorter), None)
+    return facts.id if twin is None or _terms(twin) != _terms(facts) else shorter
+
+
+_ZERO_VERSION = re.compile(r"(?<=\d)[-.]0$")
+
+
+def _terms(facts: ModelFacts) -> tuple[object, ...]:
+    told = (facts.prices, facts.context_window, facts.output_limit)
+    return tuple(fact.value if fact else None for fact in told)
 
 
 def _reasons(excluded: Iterable[Candidate]) -> tuple[Reason, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from functools import cache, lru_cache
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from understudy.config import Endpoint
 
 
-class Tier(msgspec.Struct, frozen=True, kw_only=True):
+class Tier(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """USD per million tokens of a call whose prompt is longer than ``above`` tokens."""
 
     above: int = 0
@@ -68,7 +69,7 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Rates(msgspec.Struct, frozen=True, kw_only=True):
+class Rates(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A model's price at some day. The highest tier whose bound a prompt exceeds holds for the call."""
 
     tiers: tuple[Tier, ...]
@@ -95,6 +96,11 @@ class Sums(NamedTuple):
     spoken: int
 
 
+def is_detailed(usage: Usage) -> bool:
+    """Whether a call has tokens of other prices than plain, cached and said."""
+    return bool(usage.cache_write_tokens or usage.audio_tokens or usage.reasoning_tokens)
+
+
 def sums_of(usage: Usage) -> Sums:
     """The tokens of one call by price: details are taken out of the count that includes them.
 
@@ -102,7 +108,7 @@ def sums_of(usage: Usage) -> Sums:
     prompt: sound costs more, and a cache makes it cheaper.
     """
     prompt, cached, written = usage.prompt_tokens, usage.cached_tokens, usage.cache_write_tokens
-    if not (written or usage.audio_tokens or usage.reasoning_tokens):  # most calls
+    if not is_detailed(usage):  # most calls
         return Sums(max(0, prompt - cached), cached, 0, 0, 0, 0, usage.completion_tokens, 0, 0)
     sound = usage.audio_tokens - usage.output_audio_tokens
     both = 0
@@ -285,24 +291,47 @@ def priced_model(name: str) -> ModelInfo | None:
     if provider is None or not model:
         return None
     asked = model.lower()
-    for names, info in _names_of(provider_id):
-        if asked in names if names else info.match.is_match(asked):
+    for seller in (provider_id, *(provider.fallback_model_providers or ())):
+        if found := _sold(seller, asked):
+            return found
+    # genai-prices also tries dates written otherwise
+    return provider.find_model(asked, all_providers=_snapshot()) if _COMPACT_DAY.search(asked) else None
+
+
+def _sold(provider_id: str, asked: str) -> ModelInfo | None:
+    """The first of a provider's own models that ``asked`` matches."""
+    shelf = _shelf_of(provider_id)
+    place, found = shelf.named.get(asked, (sys.maxsize, None))
+    for before, info in shelf.matched:
+        if before > place:
+            break
+        if info.match.is_match(asked):
             return info
-    # genai-prices also looks at other providers, and at dates written otherwise
-    if provider.fallback_model_providers or _COMPACT_DAY.search(asked):
-        return provider.find_model(asked, all_providers=_snapshot())
-    return None
+    return found
 
 
 _COMPACT_DAY = re.compile(r"\d{8}")
 
 
+class _Shelf(NamedTuple):
+    """A provider's models with their places in its list: a look-up where genai-prices compares one by one."""
+
+    named: dict[str, tuple[int, ModelInfo]]
+    """By a name that is all the match asks for."""
+    matched: list[tuple[int, ModelInfo]]
+    """Whose match asks for more."""
+
+
 @cache
-def _names_of(provider_id: str) -> list[tuple[frozenset[str], ModelInfo]]:
-    """A provider's models in order, with the names that are all its match asks for: a look into a set where
-    genai-prices compares one by one. Empty for a match that asks for more."""
-    provider = next(p for p in _snapshot() if p.id == provider_id)
-    return [(_names(info.match), info) for info in provider.models]
+def _shelf_of(provider_id: str) -> _Shelf:
+    shelf = _Shelf({}, [])
+    for place, info in enumerate(next(p.models for p in _snapshot() if p.id == provider_id)):
+        names = _names(info.match)
+        for name in names:
+            shelf.named.setdefault(name, (place, info))
+        if not names:
+            shelf.matched.append((place, info))
+    return shelf
 
 
 def _names(match: object) -> frozenset[str]:

@@ -11,18 +11,19 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import fsum, sqrt
-from operator import mul
+from operator import attrgetter, mul
 from typing import NamedTuple
 
 import msgspec
 
-from understudy.catalog.prices import Rates, Sums, sums_of
-from understudy.protocol import CallShape, Modality
+from understudy.catalog.prices import Rates, Sums, is_detailed, sums_of
+from understudy.protocol import CallShape, Modality, Usage
 
 MONTH_S = 86_400 * 30.44
 """A twelfth of a year, in seconds."""
 Z90 = 1.2816
 """90th percentile of the standard normal distribution."""
+_PLAIN, _CACHED, _SAID = (Sums._fields.index(name) for name in ("plain", "cached", "said"))
 LEAST_BLOCKS = 5
 """Blocks of time below which their spread says nothing."""
 
@@ -126,8 +127,9 @@ class Workload:
     """What an alias's calls amount to. ``now`` (Unix seconds) ends the window that began with the first."""
 
     def __init__(self, shapes: Iterable[CallShape], now: float) -> None:
-        self.calls = sorted(shapes, key=lambda c: c.usage.prompt_tokens)
-        self._all = Ledger([c.usage.prompt_tokens for c in self.calls], _columns(self.calls))
+        self.calls = sorted(shapes, key=attrgetter("usage.prompt_tokens"))
+        usages = [call.usage for call in self.calls]
+        self._all = Ledger([u.prompt_tokens for u in usages], _columns(usages))
         self.groups = _groups(self.calls)
         self._lengths: dict[tuple[int, int, float], list[Broken]] = {}
         self._first = min((c.at for c in self.calls), default=now)
@@ -254,10 +256,17 @@ class Workload:
         return sum(c.usage.completion_tokens for c in self.calls)
 
 
-def _columns(calls: Sequence[CallShape]) -> list[Sequence[int]]:
+def _columns(usages: Sequence[Usage]) -> list[Sequence[int]]:
     """Tokens of each call by price, in the order of `Sums`; an empty column where all are zero."""
-    rows = [sums_of(call.usage) for call in calls]
-    return [column if any(column) else () for column in zip(*rows, strict=True)] or [()] * len(Sums._fields)
+    columns = [[0] * len(usages) for _ in Sums._fields]
+    columns[_PLAIN] = [max(0, u.prompt_tokens - u.cached_tokens) for u in usages]
+    columns[_CACHED] = [u.cached_tokens for u in usages]
+    columns[_SAID] = [u.completion_tokens for u in usages]
+    for place, usage in enumerate(usages):
+        if is_detailed(usage):
+            for column, tokens in zip(columns, sums_of(usage), strict=True):
+                column[place] = tokens
+    return [column if any(column) else () for column in columns]
 
 
 def _bounds(rates: Rates) -> tuple[int, ...]:
