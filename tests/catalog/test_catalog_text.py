@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import pytest
 
+from understudy.catalog.bindings import Binding
+from understudy.catalog.events import WatchReport
 from understudy.catalog.facts import load_catalog
+from understudy.catalog.plan import make_plan
 from understudy.catalog.sheet import Row, sheet
+from understudy.catalog.watch import watch
+from understudy.cli.catalog_text import print_plan, print_watch
 from understudy.cli.columns import Column, draw, fold
+from understudy.protocol import CallShape, Usage
+
+NOW = dt.datetime(2026, 11, 25, 12, tzinfo=dt.UTC).timestamp()
 
 COLUMNS = (
     Column("model", least=8),
@@ -90,3 +99,37 @@ def test_a_sheet_tells_the_chances_of_a_model_without_an_announced_end() -> None
     rows = {row.fact: row for row in sheet(catalog, facts, 1_795_500_000.0)}
     assert "%" in rows["retired in 12 months"].value
     assert rows["retired in 24 months"].source.startswith("base rate, fitted 20")
+
+
+def test_models_without_a_price_are_named_with_what_to_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(
+        "models:\n  v/old: {context_window: 8000, retires: 2026-12-24, prices: {input: 1.0, output: 2.0}}\n"
+        "  v/dear: {context_window: 8000, prices: {input: 9.0, output: 9.0}}\n"
+        "  v/free: {context_window: 8000, retires: 2027-01-01}\n"
+    )
+    catalog, calls = (
+        load_catalog(path),
+        [CallShape(NOW, Usage(prompt_tokens=9), frozenset({"text"}), frozenset(), 0, "", None)],
+    )
+    print_plan(make_plan(catalog, "v/old", calls, ["v/dear", "v/free"], now=NOW), 10)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no price is known of v/free: write `prices` or `hosting` into your overlay" in told
+
+    bound = [Binding("a", target, "alias") for target in ("v/old", "v/free")]
+    report = WatchReport(
+        at=NOW,
+        bound=2,
+        unknown=(),
+        exposures=tuple(watch(catalog, bound, {}, NOW)),
+        events=(),
+        outlook={},
+        catalog_read="2026-11-25",
+        catalog_stale_days=0,
+    )
+    print_watch(report)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "no price is known of v/free: write `prices` into your overlay" in told
+    assert "no price is known of v/old" not in told

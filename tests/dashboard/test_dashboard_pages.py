@@ -236,6 +236,26 @@ async def test_a_plan_is_made_for_the_traffic(browse: Browse, store: Store, make
     assert "There is no such alias" in (await browser.get("/plan?alias=nobody")).text
 
 
+async def test_a_plan_is_ranked_by_what_the_reader_chooses(
+    browse: Browse, store: Store, make_call: MakeCall
+) -> None:
+    store.insert([make_call(at=time.time() - 60)], "s", 1)
+    browser = await browse()
+
+    async def dollars(rank: str) -> list[float]:
+        fitting = (await browser.get(f"/plan?rank={rank}")).text.partition("<h3>Best for")[0]
+        rows = fitting.split('<td class="num" data-label="Per month">')
+        return [float(found[1]) for row in rows[1:] if (found := re.match(r"\$([0-9.]+)", row))]
+
+    usual, by_cost = await dollars("fit"), await dollars("cost")
+    assert by_cost == sorted(by_cost)
+    assert usual != by_cost  # those as strong as the incumbent come first, dear or not
+    page = (await browser.get("/plan?rank=cost")).text
+    assert "<option selected>cost</option>" in page
+    assert "rank=cost&amp;fresh=1" in page  # made again by the same order
+    assert "<option selected>fit</option>" in (await browser.get("/plan?rank=nonsense")).text
+
+
 async def test_models_are_filtered(browse: Browse, store: Store, make_call: MakeCall) -> None:
     store.insert([make_call(at=time.time())], "s", 1)
     browser = await browse()
