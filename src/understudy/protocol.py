@@ -54,7 +54,7 @@ class Cost(NamedTuple):
 class CallShape(msgspec.Struct, frozen=True, gc=False):
     """What planning needs to know of one recorded call; no text.
 
-    There may be hundreds of thousands, and no cycle passes through one: Python's collector need not walk them.
+    There may be hundreds of thousands, and no cycle passes through one: the collector need not walk them.
     """
 
     at: float
