@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from understudy.compress.importance import Score
     from understudy.compress.progress import Progress
     from understudy.config import Config, Own
+    from understudy.endpoint import Endpoint
     from understudy.traffic.sample import Exchange, Split
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -140,6 +141,7 @@ def prune(
 @click.option(
     "--part", default="1/1", show_default=True, help="NUMBER/OF: this machine's share of the shards."
 )
+@click.option("--as-they-are", is_flag=True, help="Ask a vLLM endpoint of the texts, not for new answers.")
 @click.option("--yes", is_flag=True, help="Ask an endpoint without showing the cost first.")
 @_text_options
 @json_option
@@ -148,6 +150,7 @@ def capture(
     out: Path,
     student: Path | None,
     part: str,
+    as_they_are: bool,
     yes: bool,
     data: str,
     alias: str | None,
@@ -157,12 +160,16 @@ def capture(
     """Write down what TEACHER says of every text once, for any number of `distil --targets`.
 
     TEACHER is a model, or ENDPOINT/MODEL of the config that tells log-probabilities: then it answers the
-    prompts anew. Run again to go on; several machines share the work with --part.
+    prompts anew, or, being a vLLM server with the student's tokenizer, is asked of the texts --as-they-are.
+    Run again to go on; several machines share the work with --part.
     """
     from understudy.compress.capture import part_of
     from understudy.compress.healing import CaptureJob, capture_only
 
-    if _is_endpoint(teacher, config_path):
+    if as_they_are:
+        texts = _texts(data, alias, config_path)
+        done = _capture_prompted(teacher, out, student, yes, [texts], config_path)
+    elif _is_endpoint(teacher, config_path):
         done = _capture_hosted(teacher, out, student, yes, data, alias, config_path)
     else:
         texts = _texts(data, alias, config_path)
@@ -191,7 +198,7 @@ def capture(
 @click.option("--targets", type=OUT, default=None, help="Folder of `capture`: no teacher is loaded.")
 @click.option("--generate", default=None, help="ENDPOINT/MODEL that answers the prompts anew first.")
 @click.option("--samples", default=1, show_default=True, help="Answers to each prompt, with --generate.")
-@click.option("--yes", is_flag=True, help="Don't ask whether the cost of --generate is all right.")
+@click.option("--yes", is_flag=True, help="Don't ask whether the cost of an endpoint is all right.")
 @click.option("--generic", type=FILE, default=None, help="Texts of nobody's traffic, mixed in.")
 @click.option("--generic-share", default=0.25, show_default=True, help="Their share of every step.")
 @click.option(
@@ -230,8 +237,9 @@ def distil(
 ) -> None:
     """Heal the pruned STUDENT by distillation from its TEACHER; run again after Ctrl-C to go on.
 
-    TEACHER is a model, or the word `recorded`: then only the answers in the texts are known, those of traffic
-    without failures and near-duplicates. Under torchrun the same command uses every process.
+    TEACHER is a model, or ENDPOINT/MODEL of a vLLM server in the config, whose `prompt_logprobs` are asked
+    first and kept in OUT.targets, or the word `recorded`: then only the answers in the texts are known, those
+    of traffic without failures and near-duplicates. Under torchrun the same command uses every process.
     """
     from understudy.compress import distill, healing
 
@@ -244,6 +252,10 @@ def distil(
         texts = _harvested(alias, config_path)
     settings = distill.Settings(**recipe, generic=generic_share if generic else 0.0)
     mixed = partial(_read, generic) if generic else None
+    if targets is None and _is_endpoint(teacher, config_path):
+        targets = out.with_name(out.name + ".targets")
+        every = [texts, mixed] if mixed else [texts]
+        _capture_prompted(teacher, targets, student, yes, every, config_path)
     with _bars() as progress:
         job = healing.HealJob(
             teacher, student, out, settings, held_out, texts, mixed, targets=targets, resume=resume
@@ -432,6 +444,51 @@ def _capture_hosted(
     lines = [json.dumps({"messages": chat}) for chat in chats]
     (out / ANSWERED).write_text("\n".join(lines) + "\n")
     return done
+
+
+def _capture_prompted(
+    target: str,
+    out: Path,
+    student: Path | None,
+    yes: bool,
+    texts: list[Callable[[PreTrainedTokenizerBase], list[Document]]],
+    config_path: Path,
+) -> Captured:
+    """What a vLLM server says of texts, its cost said (and, on a terminal, agreed to) before it is asked."""
+    from understudy.compress import checkpoint, healing
+    from understudy.evaluate import trial
+    from understudy.protocol import Usage
+
+    if student is None:
+        raise InputError(f"{target} has no tokens of its own here", expected="--student CHECKPOINT")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"{target} would be asked by every process of torchrun",
+            expected="its targets",
+            next_step=f"understudy capture {target} --as-they-are, then distil --targets",
+        )
+    config, own = _config(config_path), checkpoint.load(student)
+    documents = [document for read in texts for document in read(own.reader)]
+    count = sum(len(d.tokens) for d in documents)
+    usd = trial.price_of(config, target)(Usage(prompt_tokens=count, completion_tokens=len(documents)))
+    cost = "no price known" if usd is None else f"about ${usd:,.4g}"
+    missing = healing.uncaptured(out, documents)
+    click.echo(
+        f"{target} is asked of {len(documents):,} texts ({missing:,} of them new): at most {count:,} prompt "
+        f"tokens, {cost}",
+        err=True,
+    )
+    if missing and not yes:
+        click.confirm("ask for them?", abort=True, err=True)
+    most = config.evaluate.concurrency
+
+    @asynccontextmanager
+    async def connect() -> AsyncGenerator[Endpoint]:
+        async with trial.connect(config, target) as endpoint:
+            yield trial.paced(endpoint, config.evaluate)
+
+    with _bars() as progress:
+        return healing.capture_prompted(target, own, documents, connect, out, most, progress)
 
 
 def _harvested(alias: str | None, config_path: Path) -> Callable[[PreTrainedTokenizerBase], list[Document]]:

@@ -22,6 +22,7 @@ from understudy.compress.decoder import head_weight
 from understudy.compress.fidelity import require_same_tokenizer
 from understudy.compress.processes import Processes, processes
 from understudy.compress.progress import Progress, silent
+from understudy.compress.prompted import TOP, Connect, Prompted
 from understudy.compress.targets import CachedTeacher, Origin, Targets, origin_of
 from understudy.compress.teacher import LiveTeacher, RecordedTeacher, Teacher
 from understudy.config import resolve_path
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 RECORDED = "recorded"
 """A teacher of whom only answers are known."""
+ASKED_SHARD_TOKENS = 1 << 15
+"""Targets in a shard of an endpoint's: what an interruption may cost."""
 Texts = Callable[["PreTrainedTokenizerBase"], list[Document]]
 Vocabulary = Callable[["PreTrainedTokenizerBase"], list[bytes]]
 """The bytes of every token."""
@@ -179,3 +182,29 @@ def capture_hosted(
 ) -> Captured:
     """Write down what an endpoint told of its own answers (answers.Hosted)."""
     return capture(tell, documents, out, _uncut(target, tokenizer, vocab, documents, top))
+
+
+def uncaptured(folder: Path, documents: Sequence[Document]) -> int:
+    """How many of these texts have no targets in a folder, which need not be there yet."""
+    if not (folder / targets.MANIFEST).exists():
+        return len(documents)
+    found = Targets(folder)
+    return found.missing(windows(documents, found.origin.row_tokens))
+
+
+def capture_prompted(
+    target: str,
+    student: Loaded,
+    documents: Sequence[Document],
+    connect: Connect,
+    out: Path,
+    concurrency: int,
+    progress: Progress = silent,
+) -> Captured:
+    """Write down what a vLLM server says of texts as they are (prompted.Prompted)."""
+    if not documents:
+        raise InputError("no text to capture", expected="chats or texts")
+    vocab, length = len(head_weight(student.model)), shared_length(documents)
+    origin = origin_of(target, student.tokenizer, vocab, length, top=TOP, samples=0)
+    tell = Prompted(connect, student.tokenizer, vocab, concurrency).told
+    return capture(tell, documents, out, origin, shard_tokens=ASKED_SHARD_TOKENS, progress=progress)
