@@ -28,8 +28,9 @@ from understudy.catalog.watch import Exposure, watch
 from understudy.child import call, peak_memory, running
 from understudy.endpoint import HttpEndpoint
 from understudy.errors import InputError
-from understudy.evaluate import benchmarks, certificate, replay
-from understudy.evaluate.certificate import Certificate, Question, write_question
+from understudy.evaluate import benchmarks, replay
+from understudy.evaluate.certificate import CERTIFICATE, Certificate, Question, write_question
+from understudy.evaluate.certify import write as certify_folder
 from understudy.evaluate.performance import (
     ModelSheet,
     Sample,
@@ -534,7 +535,7 @@ def _proven_line(stage: Drill) -> str:
 
 
 def certify(stage: Drill) -> None:
-    certificate.write(stage.out)
+    certify_folder(stage.out)
     _enter_benchmarks(stage)
 
 
@@ -556,11 +557,11 @@ def _enter_benchmarks(stage: Drill) -> None:
 
 
 def _certificate(stage: Drill) -> Certificate:
-    return stage.read(certificate.CERTIFICATE, Certificate)
+    return stage.read(CERTIFICATE, Certificate)
 
 
 def _certified_line(stage: Drill) -> str:
-    digest = verify(stage.out / certificate.CERTIFICATE)
+    digest = verify(stage.out / CERTIFICATE)
     return (
         f"verdict {_certificate(stage).verdict.value}; recomputed from its evidence; SHA-256 {digest[:16]}…"
     )
@@ -581,11 +582,11 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
 
 def move_alias(stage: Drill) -> None:
     found = _certificate(stage)
-    reason = f"verdict {found.verdict.value} in {certificate.CERTIFICATE}"
+    reason = f"verdict {found.verdict.value} in {CERTIFICATE}"
     after = found.winner or stage.incumbent
     if found.winner:
         initial = stage.config.aliases[stage.alias]
-        evidence = str(stage.out / certificate.CERTIFICATE)
+        evidence = str(stage.out / CERTIFICATE)
         move(stage.store, stage.alias, after, by="drill", reason=reason, evidence=evidence, initial=initial)
     with stage.serving(), stage.gateway() as gateway:
         _ask_once_more(stage, gateway["url"])

@@ -13,6 +13,7 @@ import pytest
 from understudy import config as configuration
 from understudy.endpoint import ScriptedModel
 from understudy.evaluate import certificate as certificates
+from understudy.evaluate.certify import write
 from understudy.evaluate.replay import prove
 from understudy.protocol import Usage
 from understudy.traffic.sample import Exchange
@@ -46,7 +47,7 @@ async def drill(tmp_path: Path) -> Path:
         alias="assistant", incumbent="openai/old", candidates=["local/student"], created=1.79e9
     )
     certificates.write_question(folder, question)
-    certificates.write(folder)
+    write(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from understudy import config
 from understudy.endpoint import ScriptedModel
 from understudy.evaluate import certificate as certificates
 from understudy.evaluate.benchmarks import BenchmarkHeader, Scored
+from understudy.evaluate.certify import write
 from understudy.evaluate.evidence import Journal, file_name
 from understudy.evaluate.performance import ModelSheet, Sample, write_performance
 from understudy.evaluate.replay import prove
@@ -103,7 +104,7 @@ async def _drill(folder: Path) -> None:
         sample_sha256="00", seeds={"order": 2}, versions={"understudy": "0"},
     )  # fmt: skip
     certificates.write_question(folder, question)
-    certificates.write(folder)
+    write(folder)
 
 
 @pytest.fixture(scope="session")

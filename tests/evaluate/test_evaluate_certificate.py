@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from understudy.cli.evaluate import verify as verify_command
 from understudy.errors import EvidenceError, InputError
-from understudy.evaluate.certificate import Certificate, build, encode, rounded
+from understudy.evaluate.certificate import Certificate, encode, rounded
+from understudy.evaluate.certify import build
 from understudy.evaluate.evidence import file_name
 from understudy.evaluate.verify import verify
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from understudy.cli.evaluate import evaluate
 from understudy.errors import InputError
-from understudy.evaluate.certificate import build
+from understudy.evaluate.certify import build
 from understudy.evaluate.diversity import Judged, capa, compare, of_table, warning
 from understudy.evaluate.needed import shared_blind_spots
 from understudy.evaluate.scores import read

@@ -13,8 +13,8 @@ import pytest
 
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EvidenceError, InputError
-from understudy.evaluate.certificate import build, write
-from understudy.evaluate.evidence import Call, Item, Lines, ProofHeader, file_name, read_exchanges, read_lines
+from understudy.evaluate.certify import build, write
+from understudy.evaluate.evidence import Lines, ProofHeader, file_name, read_exchanges, read_lines
 from understudy.evaluate.flicker import (
     PREFIX,
     Repeat,
@@ -25,6 +25,7 @@ from understudy.evaluate.flicker import (
     read_repeats,
 )
 from understudy.evaluate.grade import Reply
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.verify import verify
 from understudy.traffic.sample import Exchange
 

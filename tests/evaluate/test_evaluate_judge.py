@@ -16,8 +16,9 @@ from click.testing import CliRunner
 from understudy.cli.label import label
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EvidenceError, InputError
-from understudy.evaluate.certificate import build, write
-from understudy.evaluate.evidence import Call, ProofHeader, file_name, read_exchanges, read_lines
+from understudy.evaluate.certify import build, write
+from understudy.evaluate.evidence import ProofHeader, file_name, read_exchanges, read_lines
+from understudy.evaluate.item import Call
 from understudy.evaluate.judge import (
     Judged,
     Label,

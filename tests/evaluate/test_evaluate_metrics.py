@@ -14,7 +14,8 @@ import pytest
 from understudy import config
 from understudy.endpoint import ScriptedModel
 from understudy.errors import InputError
-from understudy.evaluate.evidence import Item, item_of
+from understudy.evaluate.evidence import item_of
+from understudy.evaluate.item import Item
 from understudy.evaluate.judge import JudgedHeader, Judgement, file_name, read_lines
 from understudy.evaluate.metrics import metrics_of, primary
 from understudy.evaluate.panel import LOOKED_AT, Panel, Rates
@@ -181,7 +182,8 @@ async def test_people_can_take_a_judges_pass_back(tmp_path: Path) -> None:
     sample = traffic(0, 100)
     judge = prefers("better")
     await prove(candidate({"open": "better"}), sample, JUDGED, evidence=tmp_path, judge=Bench(judge))
-    from understudy.evaluate.evidence import Call, ProofHeader, read_exchanges
+    from understudy.evaluate.evidence import ProofHeader, read_exchanges
+    from understudy.evaluate.item import Call
     from understudy.evaluate.judge import preferences
 
     header, calls = read_lines(tmp_path / file_name("local/new"), ProofHeader, Call)

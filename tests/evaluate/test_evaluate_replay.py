@@ -16,14 +16,13 @@ from understudy.errors import EndpointError, EvidenceError, InputError
 from understudy.evaluate.asking import asked
 from understudy.evaluate.evidence import (
     EXCHANGES,
-    Call,
-    Item,
     ProofHeader,
     file_name,
     read_exchanges,
     read_lines,
     write_exchanges,
 )
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.proof import Proof, weigh
 from understudy.evaluate.replay import Progress, forecast, prove
 from understudy.evaluate.sequential import shuffled

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from understudy.evaluate.certificate import write
+from understudy.evaluate.certify import write
 from understudy.evaluate.task import Attempted, figures, ratio, wilson
 from understudy.evaluate.verify import verify
 

@@ -31,7 +31,8 @@ def label(folder: Path, candidate: str | None, most: int, web: bool, port: int, 
     Who wrote which is not shown, and the order is drawn per pair. Each key is saved at once; at the end the
     certificate is written anew.
     """
-    from understudy.evaluate.certificate import EVIDENCE, write
+    from understudy.evaluate.certificate import EVIDENCE
+    from understudy.evaluate.certify import write
     from understudy.evaluate.label import Labelling
 
     labelling = Labelling(folder / EVIDENCE, candidate)

@@ -20,8 +20,9 @@ import msgspec
 
 from understudy.errors import InputError
 from understudy.evaluate.benchmarks import BenchmarkHeader, Scored, right
-from understudy.evaluate.evidence import Call, Item, Lines
+from understudy.evaluate.evidence import Lines
 from understudy.evaluate.grade import grade
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.proof import SUCCESS, score_of
 from understudy.evaluate.questions import LETTERS, letter_of
 from understudy.evaluate.scores import Table

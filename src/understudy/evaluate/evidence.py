@@ -19,10 +19,11 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 import msgspec
 
 from understudy.errors import EvidenceError, InputError
-from understudy.evaluate.grade import GraderName, Reply, grade, reply_of, standard, wants_json
+from understudy.evaluate.grade import grade, reply_of, standard, wants_json
+from understudy.evaluate.item import Item
 from understudy.evaluate.metrics import Metric
 from understudy.evaluate.panel import Rates
-from understudy.protocol import Json, Usage, text_of
+from understudy.protocol import Json, text_of
 from understudy.traffic.sample import Exchange
 
 EXCHANGES = "exchanges.jsonl"
@@ -39,34 +40,6 @@ class ExchangesHeader(msgspec.Struct, frozen=True, kw_only=True, tag="exchanges"
     incumbent: str
     """ENDPOINT/MODEL that answered most of the items."""
     items: int
-
-
-class Item(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One held-out exchange: the question, the standard and the incumbent's answer with its score."""
-
-    key: str
-    prompt_hash: str
-    at: float = 0.0
-    task: str = ""
-    """The tag task=…; strata of the report."""
-    cluster: str = ""
-    """Task id: calls that belong together."""
-    prompt: str = ""
-    """The last user message, clipped."""
-    grader: GraderName
-    expected: str
-    agreement: bool = False
-    """Expected is the incumbent's own answer."""
-    reply: Reply
-    """The incumbent's."""
-    score: float
-    usage: Usage | None = None
-    total_s: float = 0.0
-    finish_reason: str = ""
-    wants_json: bool = False
-    """The request asked for JSON."""
-    tools: tuple[str, ...] = ()
-    """Names of the functions the request offered."""
 
 
 class ProofHeader(msgspec.Struct, frozen=True, kw_only=True, tag="proof", tag_field="kind"):
@@ -90,24 +63,6 @@ class ProofHeader(msgspec.Struct, frozen=True, kw_only=True, tag="proof", tag_fi
     @property
     def rates(self) -> Rates:
         return Rates(self.alpha, self.beta, self.candidates)
-
-
-class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One paid call of a candidate."""
-
-    key: str
-    """The item's."""
-    reply: Reply = Reply()
-    score: float
-    error: str = ""
-    """What went wrong; the score is then 0."""
-    usage: Usage | None = None
-    ttft_s: float = 0.0
-    total_s: float = 0.0
-    attempts: int = 1
-    finish_reason: str = ""
-    cached: bool = False
-    """An earlier evaluation had paid for this very request."""
 
 
 H = TypeVar("H")

@@ -14,7 +14,8 @@ import msgspec
 
 from understudy.errors import InputError
 from understudy.evaluate.certificate import QUESTION, Question
-from understudy.evaluate.evidence import Call, Lines, ProofHeader, file_name, read_exchanges, read_lines
+from understudy.evaluate.evidence import Lines, ProofHeader, file_name, read_exchanges, read_lines
+from understudy.evaluate.item import Call
 from understudy.evaluate.judge import LABELS, Label, incumbent_first, pairs_of, read_labels
 from understudy.evaluate.sequential import shuffled
 

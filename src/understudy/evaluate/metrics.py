@@ -17,10 +17,10 @@ import msgspec
 
 from understudy.errors import InputError
 from understudy.evaluate.grade import GRADERS, GraderName, grade, well_formed
+from understudy.evaluate.item import Call, Item
 
 if TYPE_CHECKING:
     from understudy import config
-    from understudy.evaluate.evidence import Call, Item
 
 Basis = Literal["right", "judge", "agreement", "structure", "form"]
 PRIMARY: tuple[Basis, ...] = ("right", "judge", "agreement", "structure")

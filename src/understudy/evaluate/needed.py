@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from understudy.evaluate.certificate import Candidate, Model, Question
 from understudy.evaluate.diversity import TRAFFIC, Pair, warning
 from understudy.evaluate.proof import Proof
 from understudy.evaluate.sequential import Verdict
-
-if TYPE_CHECKING:
-    from understudy.evaluate.certificate import Candidate, Model, Question
 
 
 def needed(candidates: Sequence[Candidate], winner: Candidate | None, incumbent: Model) -> list[str]:

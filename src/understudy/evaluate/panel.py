@@ -10,13 +10,11 @@ Source: Berger 1982, "Multiparameter hypothesis testing and acceptance sampling"
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from understudy.evaluate.item import Item
 from understudy.evaluate.metrics import Metric
 from understudy.evaluate.sequential import Design, SequentialTest, Unit, Verdict
-
-if TYPE_CHECKING:
-    from understudy.evaluate.evidence import Item
 
 LOOKED_AT = 50
 """Items asked although no open metric scores them: enough to see errors, refusals and broken tool calls."""

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from understudy.evaluate.evidence import Call, Item, ProofHeader
+from understudy.evaluate.evidence import ProofHeader
 from understudy.evaluate.grade import calls_exist, grade, is_json, refuses
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.metrics import RESTS_ON, Basis, Metric, primary
 from understudy.evaluate.panel import Panel
 from understudy.evaluate.scores import Generalisation, finite, generalise

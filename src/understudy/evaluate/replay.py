@@ -24,8 +24,6 @@ from understudy.errors import EndpointError, InputError
 from understudy.evaluate.asking import MISCONFIGURED, asked
 from understudy.evaluate.evidence import (
     EXCHANGES,
-    Call,
-    Item,
     Journal,
     ProofHeader,
     file_name,
@@ -37,6 +35,7 @@ from understudy.evaluate.evidence import (
     write_exchanges,
 )
 from understudy.evaluate.grade import Reply, grade, reply_of
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.judge import Judgement, Umpire, header_of
 from understudy.evaluate.metrics import EVEN, Metric, metrics_of
 from understudy.evaluate.panel import Panel, Rates

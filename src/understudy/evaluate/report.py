@@ -15,15 +15,13 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from understudy.evaluate.benchmarks import Accuracy
+from understudy.evaluate.certificate import Certificate, Model
 from understudy.evaluate.metrics import RESTS_ON
+from understudy.evaluate.proof import Guard, Proof
 from understudy.evaluate.sequential import Verdict
-
-if TYPE_CHECKING:
-    from understudy.evaluate.benchmarks import Accuracy
-    from understudy.evaluate.certificate import Certificate, Model
-    from understudy.evaluate.proof import Guard, Proof
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOTHING = "–"

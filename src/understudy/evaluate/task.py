@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from understudy.evaluate.evidence import Call, Item
 from understudy.evaluate.grade import grade
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.performance import ModelSheet, usd_of
 from understudy.evaluate.proof import SUCCESS, Proof, score_of
 from understudy.protocol import Usage

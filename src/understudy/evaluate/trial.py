@@ -25,16 +25,9 @@ from understudy.endpoint import Endpoint, HttpEndpoint, http_endpoint
 from understudy.errors import InputError
 from understudy.evaluate import benchmarks
 from understudy.evaluate.benchmarks import Accuracy, BenchmarkHeader, PairedDifference, Scored
-from understudy.evaluate.certificate import (
-    EVIDENCE,
-    PLAN,
-    Certificate,
-    Question,
-    write,
-    write_question,
-)
+from understudy.evaluate.certificate import EVIDENCE, PLAN, Certificate, Question, write_question
+from understudy.evaluate.certify import write
 from understudy.evaluate.evidence import (
-    Call,
     Lines,
     ProofHeader,
     file_name,
@@ -43,6 +36,7 @@ from understudy.evaluate.evidence import (
     read_lines,
 )
 from understudy.evaluate.flicker import measure
+from understudy.evaluate.item import Call
 from understudy.evaluate.judge import header_of, judge_pairs, refuse_kin
 from understudy.evaluate.replay import Bench, Progress, prove
 from understudy.evaluate.thrift import CachedEndpoint, PacedEndpoint, Price

@@ -12,7 +12,8 @@ from typing import Any, cast
 import msgspec
 
 from understudy.errors import EvidenceError, InputError
-from understudy.evaluate.certificate import FORMAT, Certificate, build, encode
+from understudy.evaluate.certificate import FORMAT, Certificate, encode
+from understudy.evaluate.certify import build
 from understudy.evaluate.evidence import sha256_of
 from understudy.evaluate.report import digest_on, render
 from understudy.protocol import Json
