@@ -26,6 +26,7 @@ BENCHES = (
     "pruning",
     "distillation",
     "mixtures",
+    "ray_capture",
     "vision",
     "serving",
 )

@@ -4,7 +4,7 @@ UnderstudyError
 ├── UserError           something the user can put right; printed without a traceback, exit code 2
 │   ├── ConfigError     understudy.toml is missing, malformed or contradicts itself (all faults at once)
 │   ├── InputError      a flag, a file or a record that we were given cannot be used
-│   ├── AddressError    a port or address is in use or cannot be bound
+│   ├── AddressError    a port or address is in use, cannot be bound or does not answer
 │   ├── EndpointError   a model's endpoint is out of reach or refused the request
 │   ├── StoreError      the store or the segment log cannot be opened or written
 │   ├── ModelError      weights, tokenizer or plan cannot be used
@@ -64,7 +64,7 @@ class InputError(UserError):
 
 
 class AddressError(UserError):
-    """A port or address is in use or cannot be bound."""
+    """A port or address is in use, cannot be bound or does not answer."""
 
 
 class EndpointError(UserError):

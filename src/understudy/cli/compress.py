@@ -142,6 +142,9 @@ def prune(
     "--part", default="1/1", show_default=True, help="NUMBER/OF: this machine's share of the shards."
 )
 @click.option("--as-they-are", is_flag=True, help="Ask a vLLM endpoint of the texts, not for new answers.")
+@click.option(
+    "--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster makes the shards."
+)
 @click.option("--yes", is_flag=True, help="Ask an endpoint without showing the cost first.")
 @_text_options
 @json_option
@@ -151,6 +154,7 @@ def capture(
     student: Path | None,
     part: str,
     as_they_are: bool,
+    address: str,
     yes: bool,
     data: str,
     alias: str | None,
@@ -161,11 +165,14 @@ def capture(
 
     TEACHER is a model, or ENDPOINT/MODEL of the config that tells log-probabilities: then it answers the
     prompts anew, or, being a vLLM server with the student's tokenizer, is asked of the texts --as-they-are.
-    Run again to go on; several machines share the work with --part.
+    Run again to go on; several machines share the work with --part, or a cluster with --ray, whose nodes must
+    see TEACHER and the folder under the same names.
     """
     from understudy.compress.capture import part_of
     from understudy.compress.healing import CaptureJob, capture_only
 
+    if address and (as_they_are or _is_endpoint(teacher, config_path)):
+        raise InputError(f"--ray with the endpoint {teacher}", expected="a model whose weights are here")
     if as_they_are:
         texts = _texts(data, alias, config_path)
         done = _capture_prompted(teacher, out, student, yes, [texts], config_path)
@@ -174,7 +181,7 @@ def capture(
     else:
         texts = _texts(data, alias, config_path)
         with _bars() as progress:
-            job = CaptureJob(teacher, out, texts, _vocabulary, student, part_of(part))
+            job = CaptureJob(teacher, out, texts, _vocabulary, student, part_of(part), address)
             done = capture_only(job, progress)
     if as_json:
         print_json(done)

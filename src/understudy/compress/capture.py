@@ -65,6 +65,44 @@ class Captured(msgspec.Struct, frozen=True, kw_only=True):
     """Of this machine's shards."""
 
 
+class Shard(NamedTuple):
+    """A file that is there or to be made."""
+
+    path: Path
+    documents: list[Document]
+    targets: int
+
+    def whole(self) -> bool:
+        """Whether it is there as it was written; a corrupted one is removed."""
+        if not self.path.exists():
+            return False
+        try:
+            read_shard(self.path)
+        except ModelError:
+            self.path.unlink()
+            return False
+        return True
+
+
+def planned(
+    documents: Sequence[Document],
+    folder: Path,
+    origin: Origin,
+    part: Part = Part(),  # noqa: B008 -- an immutable tuple
+    shard_tokens: int = SHARD_TOKENS,
+) -> list[Shard]:
+    """The shards of all documents, cut to ``origin.row_tokens``, that this machine has to see to.
+
+    Raises ModelError when the folder holds targets of another origin.
+    """
+    begin(folder, origin)
+    groups = list(shards(windows(documents, origin.row_tokens), shard_tokens))
+    return [
+        Shard(shard_path(folder, origin, [document_key(d) for d in group]), group, _targets(group))
+        for group in groups[part.number - 1 :: part.of]
+    ]
+
+
 def shards(documents: Sequence[Document], most: int = SHARD_TOKENS) -> Iterator[list[Document]]:
     """Different documents in the order of their keys, in groups of about ``most`` targets."""
     group: list[Document] = []
@@ -99,37 +137,27 @@ def capture(
 
     A corrupted shard is made anew. Raises ModelError when the folder holds targets of another origin.
     """
-    begin(folder, origin)
-    groups = list(shards(windows(documents, origin.row_tokens), shard_tokens))
-    mine = groups[part.number - 1 :: part.of]
-    total, done, made, size = sum(map(_targets, mine)), 0, 0, 0
+    mine = planned(documents, folder, origin, part, shard_tokens)
+    total, done, made, size = sum(shard.targets for shard in mine), 0, 0, 0
     with matmul_precision(precision):
-        for group in mine:
-            keys = [document_key(d) for d in group]
-            path = shard_path(folder, origin, keys)
-            if not _whole(path):
-                told = _told(tell, group, partial(_report, progress, done, total))
-                write_shard(path, keys, told, origin.vocab)
+        for shard in mine:
+            if not shard.whole():
+                make(tell, shard, origin, partial(_report, progress, done, total))
                 made += 1
-            done += _targets(group)
-            size += path.stat().st_size
+            done += shard.targets
+            size += shard.path.stat().st_size
             progress("capture", done, total)
     return Captured(tokens=total, made=made, kept=len(mine) - made, bytes=size)
 
 
+def make(tell: Tell, shard: Shard, origin: Origin, report: Callable[[int], None] = lambda now: None) -> None:
+    """Ask about a shard's documents and write it; ``report`` is told of the targets done so far."""
+    keys = [document_key(d) for d in shard.documents]
+    write_shard(shard.path, keys, _told(tell, shard.documents, report), origin.vocab)
+
+
 def _targets(group: Sequence[Document]) -> int:
     return sum(len(d.tokens) - 1 for d in group)
-
-
-def _whole(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        read_shard(path)
-    except ModelError:
-        path.unlink()
-        return False
-    return True
 
 
 def _report(progress: Progress, before: int, total: int, now: int) -> None:

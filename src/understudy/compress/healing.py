@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from understudy.cluster import connect
 from understudy.compress import checkpoint, curve, distill, targets
-from understudy.compress.align import Aligner, pairs_of
-from understudy.compress.capture import Captured, Live, Part, capture
+from understudy.compress.align import Pair, pairs_of
+from understudy.compress.capture import Captured, Part, capture, planned
 from understudy.compress.corpus import Document, shared_length, windows
 from understudy.compress.curve import Curve
 from understudy.compress.decoder import head_weight
@@ -23,6 +24,7 @@ from understudy.compress.fidelity import require_same_tokenizer
 from understudy.compress.processes import Processes, processes
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prompted import TOP, Connect, Prompted
+from understudy.compress.spread import Source, capture_on, tell_of
 from understudy.compress.targets import CachedTeacher, Origin, Targets, origin_of
 from understudy.compress.teacher import LiveTeacher, RecordedTeacher, Teacher
 from understudy.config import resolve_path
@@ -143,24 +145,57 @@ class CaptureJob(NamedTuple):
     student: Path | None = None
     """Whose tokens the targets are told in, where they are not the teacher's."""
     part: Part = Part()
+    ray: str = ""
+    """Address of a cluster that makes the shards; empty: this process does."""
 
 
 def capture_only(job: CaptureJob, progress: Progress = silent) -> Captured:
-    """Capture an open teacher's targets of all texts. Raises ModelError for targets of another origin."""
+    """Capture an open teacher's targets of all texts, here or on a cluster.
+
+    Raises ModelError for targets of another origin, and what `cluster.connect` raises before any is loaded.
+    """
+    if not job.ray:
+        asked, teacher = _asked(job)
+        tell = tell_of(asked.source, teacher, asked.pairs)
+        return capture(tell, asked.documents, job.out, asked.source.origin, part=job.part, progress=progress)
+    if job.part.of > 1:
+        raise InputError("a part of the shards, and a cluster for all of them", expected="--part or --ray")
+    with connect(job.ray) as cluster:
+        asked, _ = _asked(job)  # the model goes again: the workers have their own
+        shards = planned(asked.documents, job.out.resolve(), asked.source.origin)
+        pairs = {tuple(pair.student.tokens): pair for pair in asked.pairs}
+        return capture_on(cluster, asked.source, shards, pairs, progress=progress)
+
+
+class _Asked(NamedTuple):
+    """What a capture asks of whom."""
+
+    source: Source
+    documents: list[Document]
+    pairs: list[Pair]
+    """The documents in both tokenizers' tokens, where they differ."""
+
+
+def _asked(job: CaptureJob) -> tuple[_Asked, LiveTeacher]:
     teacher = checkpoint.load(job.teacher)
     own = checkpoint.load(job.student) if job.student else teacher
-    live, documents = LiveTeacher(teacher.model), job.texts(own.reader)
+    documents = job.texts(own.reader)
     if not documents:
         raise InputError("no text to capture", expected="chats or texts")
-    vocab = len(head_weight(own.model))
+    name, vocab, live = _everywhere(job.teacher), len(head_weight(own.model)), LiveTeacher(teacher.model)
     if own.tokenizer.get_vocab() == teacher.tokenizer.get_vocab():
         origin = origin_of(teacher.digest, own.tokenizer, vocab, shared_length(documents))
-        return capture(Live(live, origin).told, documents, job.out, origin, part=job.part, progress=progress)
+        return _Asked(Source(name, origin), documents, []), live
     origin = _uncut(teacher.digest, own.tokenizer, vocab, documents, targets.TOP)
     vocabularies = job.vocabulary(own.tokenizer), job.vocabulary(teacher.tokenizer)
     pairs = pairs_of(documents, job.texts(teacher.reader))
-    tell = Aligner(live, pairs, *vocabularies, origin.top).told
-    return capture(tell, documents, job.out, origin, part=job.part, progress=progress)
+    return _Asked(Source(name, origin, vocabularies), documents, pairs), live
+
+
+def _everywhere(teacher: str) -> str:
+    """A path made whole: workers start in other folders."""
+    path = Path(teacher).expanduser()
+    return str(path.resolve()) if path.exists() else teacher
 
 
 def _uncut(

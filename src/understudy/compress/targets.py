@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from uuid import uuid4
 
 import msgspec
 import numpy as np
@@ -151,7 +152,8 @@ def write_shard(path: Path, keys: Sequence[bytes], told: Sequence[Told], vocab: 
         tensors[name] = tensors[name].astype(narrow)
     tensors["documents"] = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(-1, 16).copy()
     tensors["lengths"] = np.asarray([len(t.log_rest) for t in told], dtype=np.int32)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    # process ids are not enough: machines that share the folder may give the same one
+    partial = path.with_suffix(f".{uuid4().hex}.partial")
     try:
         save_file(tensors, partial, metadata={"sha256": _digest(tensors)})
         os.replace(partial, path)
@@ -284,6 +286,6 @@ def _pieces(row: Row) -> Iterator[tuple[Document, Document, int]]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
     partial.write_bytes(content)
     os.replace(partial, path)
