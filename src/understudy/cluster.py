@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from itertools import islice
 from typing import Any, Protocol, TypeVar, cast
@@ -111,7 +112,8 @@ def connect(address: str) -> Generator[Cluster]:
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise _unanswered(address, _first_line(error)) from error
     try:
-        yield Cluster(ray, address)
+        with redirect_stdout(sys.stderr):  # Ray prints what it has to say about a node that died
+            yield Cluster(ray, address)
     finally:
         ray.shutdown()
 
