@@ -23,13 +23,14 @@ from understudy.catalog.canary import (
     read_prompts,
     save_replies,
 )
-from understudy.catalog.events import Event, price_events, swap_events
+from understudy.catalog.events import Event, fingerprint_events, price_events, swap_events
 from understudy.catalog.facts import Catalog, load_catalog
 from understudy.catalog.notify import payload, send, slack_payload
 from understudy.catalog.tiers import parse_rules, target_tier, tiers_over_time
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EndpointError, InputError
 from understudy.protocol import CallShape, Usage
+from understudy.traffic.fingerprints import Fingerprint
 from understudy.traffic.hours import Hour
 from understudy.traffic.store import AnsweredBy
 
@@ -136,6 +137,32 @@ def test_another_id_answering_is_a_swap_and_side_by_side_from_the_start_is_none(
     assert (event.before, event.after, event.day) == ("moved-2026-01", "moved-2026-05", "2026-06-07")
     assert [b.name for b in event.bindings] == ["assistant"]
     assert len(swap_events(answers, [], NOW, since_days=60)) == 2
+
+
+def test_fingerprints_of_a_day_are_one_quiet_event() -> None:
+    def seen(target: str, name: str, first: float, *, model: str = "m-1", calls: int = 10) -> Fingerprint:
+        return Fingerprint(target, model, name, calls, NOW + first * DAY, NOW)
+
+    midnight = (NOW % DAY) / DAY
+    prints = [
+        seen("v/pool", "fp_1", -20),
+        seen("v/pool", "fp_2", -20 + 0.5 / 24),  # within the hour: the pool it always was
+        seen("v/pool", "fp_3", -3 - midnight + 0.1),
+        seen("v/pool", "fp_4", -3 - midnight + 0.9),
+        seen("v/pool", "fp_5", -2 - midnight + 0.1, calls=1),
+        seen("v/old", "fp_1", -90),
+        seen("v/old", "fp_2", -40),
+        seen("v/swapped", "fp_1", -20),
+        seen("v/swapped", "fp_2", -1, model="m-2"),  # another id: told as a swap
+    ]
+    first, second = fingerprint_events(reversed(prints), [Binding("assistant", "v/pool", "alias")], NOW)
+    assert (first.kind, first.severity, first.target) == ("fingerprint", "low", "v/pool")
+    assert (first.before, first.after) == ("fp_2", "fp_3, fp_4")
+    assert "2 new fingerprints" in first.text
+    assert "(20 calls)" in first.text
+    assert (second.before, second.after, second.day) == ("fp_4", "fp_5", "2026-06-08")
+    assert [b.name for b in first.bindings] == ["assistant"]
+    assert len(fingerprint_events(prints, [], NOW, since_days=50)) == 3
 
 
 async def round_of(answer: Callable[[dict[str, Any]], str], times: int, at: float = NOW) -> list[Reply]:

@@ -132,6 +132,9 @@ async def _closed(reader: asyncio.StreamReader) -> None:
         await asyncio.sleep(0.005)
 
 
+FINGERPRINT = "fp_7"
+
+
 def completion(text: str, model: str = "m-2026", **more: Any) -> dict[str, Any]:
     """A chat completion as vendors answer it."""
     return {
@@ -139,6 +142,7 @@ def completion(text: str, model: str = "m-2026", **more: Any) -> dict[str, Any]:
         "object": "chat.completion",
         "created": 1,
         "model": model,
+        "system_fingerprint": FINGERPRINT,
         "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
         **more,
@@ -148,6 +152,7 @@ def completion(text: str, model: str = "m-2026", **more: Any) -> dict[str, Any]:
 def events(text: str, *, usage: bool = True, model: str = "m-2026") -> bytes:
     """The same as server-sent events, a word at a time."""
     base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": model}
+    base["system_fingerprint"] = FINGERPRINT
     words = [word + " " for word in text.split()]
     chunks: list[dict[str, Any]] = [
         {**base, "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from faulty_upstream import FaultyUpstream, calls, config_for, feedback, running
+from faulty_upstream import FINGERPRINT, FaultyUpstream, calls, config_for, feedback, running
 
 from understudy.protocol import Usage
 
@@ -36,6 +36,7 @@ async def test_chat_without_streaming(tmp_path: Path, upstream: FaultyUpstream) 
         200,
     )
     assert (call.answered_by, call.finish_reason, call.stream) == ("m-2026", "stop", False)
+    assert call.fingerprint == FINGERPRINT
     assert call.usage == Usage(prompt_tokens=7, completion_tokens=3)
     assert not call.usage_estimated
     assert (call.task_id, call.tags) == ("t-1", {"team": "a", "empty": ""})
@@ -63,6 +64,7 @@ async def test_chat_with_streaming(tmp_path: Path, upstream: FaultyUpstream) -> 
         assert await asyncio.to_thread(ask, gateway.url) == "You said: one two three "
     (call,) = calls(tmp_path)
     assert (call.stream, call.status, call.finish_reason) == (True, 200, "stop")
+    assert call.fingerprint == FINGERPRINT
     assert call.usage == Usage(prompt_tokens=7, completion_tokens=3)
     assert call.response.endswith(b"data: [DONE]\n\n")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from understudy.protocol import Usage
+from understudy.traffic.fingerprints import Fingerprint
 from understudy.traffic.record import Call
 from understudy.traffic.store import AnsweredBy, Store
 
@@ -42,3 +44,20 @@ def test_latencies_are_medians_of_answered_calls(store: Store, make_call: MakeCa
     assert fast.ttft_s == pytest.approx(0.2)
     assert (other.target, other.tokens_per_s) == ("other/a", 0.0)
     assert store.latencies(latest=1)[0].target == "other/a"
+
+
+def test_fingerprints_are_summed_over_batches_in_any_order(store: Store, make_call: MakeCall) -> None:
+    def call(at: float, fingerprint: str, **fields: Any) -> Call:
+        return make_call(at=at, answered_by="m-1", fingerprint=fingerprint, **fields)
+
+    store.insert([call(T + 20, "fp_a"), call(T + 30, "fp_b\0"), call(T + 40, "", status=200)], "s", 1)
+    store.insert([call(T, "fp_a"), call(T + 10, "fp_a"), call(T + 50, "fp_c", status=500)], "s", 2)
+    store.insert([call(T + 90, "fp_d" * 99)], "s", 3)
+    expected = [
+        Fingerprint("openai/gpt-4.1", "m-1", "fp_a", 3, T, T + 20),
+        Fingerprint("openai/gpt-4.1", "m-1", "fp_b\ufffd", 1, T + 30, T + 30),
+        Fingerprint("openai/gpt-4.1", "m-1", "fp_d" * 16, 1, T + 90, T + 90),
+    ]
+    assert store.fingerprints() == expected
+    store.forget(T + 1e9)
+    assert store.fingerprints() == expected

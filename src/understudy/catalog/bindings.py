@@ -71,6 +71,13 @@ class Answers(Protocol):
     def last_at(self) -> float: ...
 
 
+class Fingerprinted(Answers, Protocol):
+    """With which fingerprint; a `traffic.fingerprints.Fingerprint` is one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
 def bindings_of(
     config: Config, routes: Mapping[str, Led], requested: Iterable[tuple[str, str]]
 ) -> list[Binding]:

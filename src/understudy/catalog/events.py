@@ -1,6 +1,8 @@
 """What happened to bound models besides their end: prices that moved, and models swapped behind a name.
 
-A swap is seen in recorded traffic: the id that answers is not the one that answered before. It ignores
+A swap is seen in recorded traffic: the id that answers is not the one that answered before. Another
+``system_fingerprint`` under the same id is told too, quietly: vendors change it often, with no change of the
+answers that anybody could see, and serve several at once. It ignores
 retirements (watch), canary prompts (canary), and how the news is sent (notify).
 """
 
@@ -8,12 +10,12 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Literal
 
 import msgspec
 
-from understudy.catalog.bindings import Answers, Binding
+from understudy.catalog.bindings import Answers, Binding, Fingerprinted
 from understudy.catalog.facts import Catalog
 from understudy.catalog.forecast import Forecast
 from understudy.catalog.prices import Rates, rates_at
@@ -21,7 +23,7 @@ from understudy.catalog.watch import SEVERITIES, Exposure, Severity
 from understudy.catalog.workload import Workload
 from understudy.protocol import CallShape
 
-Kind = Literal["retirement", "price", "swap", "drift"]
+Kind = Literal["retirement", "price", "swap", "drift", "fingerprint"]
 
 DAY_S = 86_400.0
 SETTLED_S = 3_600.0
@@ -134,6 +136,48 @@ def swap_events(
     return sorted(found, key=_rank)
 
 
+def fingerprint_events(
+    seen: Iterable[Fingerprinted], bindings: Iterable[Binding], now: float, *, since_days: float = 30.0
+) -> list[Event]:
+    """Fingerprints first seen in the last ``since_days`` under a model id that answered before with others:
+    one event for all of a target's day (UTC), of severity low. Those of the first hour are no change."""
+    by_id: dict[tuple[str, str], list[Fingerprinted]] = {}
+    for told in seen:
+        by_id.setdefault((told.target, told.answered_by), []).append(told)
+    bound = _by_target(bindings)
+    found: list[Event] = []
+    for (target, _), prints in by_id.items():
+        prints.sort(key=lambda f: f.first_at)
+        begun = prints[0].first_at + SETTLED_S
+        fresh = [f for f in prints if f.first_at >= max(begun, now - since_days * DAY_S)]
+        for day, same in groupby(fresh, key=lambda f: _day(f.first_at)):
+            found.append(_fingerprint_event(day, list(same), prints, tuple(bound.get(target, ()))))
+    return sorted(found, key=_rank)
+
+
+def _fingerprint_event(
+    day: str, new: Sequence[Fingerprinted], seen: Sequence[Fingerprinted], bindings: tuple[Binding, ...]
+) -> Event:
+    first, before = new[0], seen[seen.index(new[0]) - 1]
+    calls = sum(f.calls for f in new)
+    names = f"fingerprint {first.fingerprint}" if len(new) == 1 else f"{len(new)} new fingerprints"
+    return Event(
+        kind="fingerprint",
+        severity="low",
+        target=first.target,
+        bindings=bindings,
+        day=day,
+        text=f"{first.target}: {names} since {day} ({calls:,} calls), before {before.fingerprint}, under the "
+        f"same id {first.answered_by}; vendors change it often",
+        before=before.fingerprint,
+        after=", ".join(f.fingerprint for f in new),
+    )
+
+
+def _day(at: float) -> str:
+    return str(dt.datetime.fromtimestamp(at, dt.UTC).date())
+
+
 def _by_target(bindings: Iterable[Binding]) -> dict[str, list[Binding]]:
     by_target: dict[str, list[Binding]] = {}
     for binding in bindings:
@@ -154,7 +198,7 @@ def _price_event(
     target: str, bindings: tuple[Binding, ...], before: Rates, after: Rates, at: float, load: Workload
 ) -> Event:
     old, new = (f"${r.tiers[0].input:g} in, ${r.tiers[0].output:g} out" for r in (before, after))
-    day = after.start or str(dt.datetime.fromtimestamp(at, dt.UTC).date())
+    day = after.start or _day(at)
     usd, was = (load.usd(r) / load.months if len(load) else None for r in (after, before))
     change = (usd - was) / was if usd is not None and was else _list_change(before, after)
     return Event(
@@ -178,7 +222,7 @@ def _list_change(before: Rates, after: Rates) -> float:
 
 
 def _swap_event(target: str, bindings: tuple[Binding, ...], before: Answers, after: Answers) -> Event:
-    day = str(dt.datetime.fromtimestamp(after.first_at, dt.UTC).date())
+    day = _day(after.first_at)
     ended = after.first_at > before.last_at
     beside = "" if ended else f", beside {before.answered_by}"
     return Event(

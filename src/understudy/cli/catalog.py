@@ -111,7 +111,7 @@ def models(
 )
 @click.option(
     "--fail-on",
-    type=click.Choice(["retirement", "price", "swap", "drift"]),
+    type=click.Choice(["retirement", "price", "swap", "drift", "fingerprint"]),
     multiple=True,
     default=("retirement", "swap", "drift"),
     show_default=True,
@@ -140,20 +140,22 @@ def watch(
 
     Looks at every alias, weight and fallback, at models on trial, the judge, the drill's candidates, the
     teacher and what you serve; at ids that applications ask for themselves and those that vendors answer
-    with; at prices that changed or will; and at models swapped behind a name. Exits 0 when nothing of the
-    kinds of --fail-on happened, 1 otherwise, 2 on bad input: made for cron and CI.
+    with; at prices that changed or will; at models swapped behind a name; and at fingerprints that changed
+    under the same id, which are sent on only where --fail-on names them. Exits 0 when nothing of the kinds
+    of --fail-on happened, 1 otherwise, 2 on bad input: made for cron and CI.
     """
     from understudy.catalog.notify import payload, send, slack_payload
 
     report = _watched(configuration.load(config_path), within, since, canary)
+    news = [e for e in report.events if e.kind != "fingerprint" or e.kind in fail_on]
     if webhook:
         url = configuration.resolve_secret(webhook, config_path.parent) if ":/" not in webhook else webhook
-        if report.events:
-            send(url, slack_payload(report.events) if slack else payload(report.events, report.at))
+        if news:
+            send(url, slack_payload(news) if slack else payload(news, report.at))
     if as_json:
         print_json(report)
     elif slack and not webhook:
-        print_json(slack_payload(report.events))
+        print_json(slack_payload(news))
     else:
         print_watch(report)
     sys.exit(any(e.kind in fail_on for e in report.events))
@@ -257,13 +259,19 @@ def _store(config: Config) -> Store:
 
 def _watched(config: Config, within: int, since: int, canary: Path | None) -> WatchReport:
     """Everything `watch` has to tell."""
-    from understudy.catalog.events import WatchReport, price_events, retirement_events, swap_events
+    from understudy.catalog.events import (
+        WatchReport,
+        fingerprint_events,
+        price_events,
+        retirement_events,
+        swap_events,
+    )
     from understudy.catalog.forecast import forecast
     from understudy.catalog.watch import watch as exposures
 
     now, catalog = time.time(), _catalog(config)
     with _store(config) as store:
-        answers = store.answered_by()
+        answers, prints = store.answered_by(), store.fingerprints()
         bindings = _bound(config, catalog, store, answers, now)
         # what answers for a target has the target's calls
         recorded = {b.target: b.name if b.level == "answering" else b.target for b in bindings}
@@ -272,6 +280,7 @@ def _watched(config: Config, within: int, since: int, canary: Path | None) -> Wa
     events = retirement_events(ending, within)
     events += price_events(catalog, bindings, shapes, now, since_days=since)
     events += swap_events(answers, bindings, now, since_days=since)
+    events += fingerprint_events(prints, bindings, now, since_days=since)
     if canary:
         events += _canaries(config, canary, bindings, now)
     found = {b.target: facts for b in bindings if (facts := catalog.find(b.target))}

@@ -42,6 +42,8 @@ class Seen(NamedTuple):
     """Bytes of the answer's text; counted only when usage is missing."""
     prompt: Usage | None = None
     """What was counted before an answer broke off."""
+    fingerprint: str = ""
+    """OpenAI's ``system_fingerprint``; other forms have none."""
 
 
 class _Delta(msgspec.Struct):
@@ -59,6 +61,7 @@ class _Choice(msgspec.Struct):
 
 class _Body(msgspec.Struct):
     model: Any = None
+    system_fingerprint: Any = None
     usage: Any = None
     choices: list[_Choice] | None = None
 
@@ -90,7 +93,9 @@ def read_json(body: bytes) -> Seen:
     answer = _body(body)
     if answer is None:
         return Seen()
-    seen = Seen(_text(answer.model), _usage(answer), _finish(answer))
+    seen = Seen(
+        _text(answer.model), _usage(answer), _finish(answer), fingerprint=_text(answer.system_fingerprint)
+    )
     if seen.usage is None:
         seen = seen._replace(text_bytes=sum(_text_bytes(choice) for choice in answer.choices or []))
     return seen
@@ -106,7 +111,7 @@ def read_stream(raw: bytes) -> Seen:
 
 
 def _read_events(events: Any) -> Seen:
-    model = finish = ""
+    model = finish = fingerprint = ""
     usage: Usage | None = None
     pieces = size = 0
     for event in events:
@@ -114,12 +119,13 @@ def _read_events(events: Any) -> Seen:
         if chunk is None:
             continue
         model = _text(chunk.model) or model
+        fingerprint = _text(chunk.system_fingerprint) or fingerprint
         usage = _usage(chunk) or usage
         finish = _finish(chunk) or finish
         count = sum(_text_bytes(choice) for choice in chunk.choices or [])
         pieces += count > 0
         size += count
-    return Seen(model, usage, finish, pieces, size)
+    return Seen(model, usage, finish, pieces, size, fingerprint=fingerprint)
 
 
 def _body(raw: bytes) -> _Body | None:

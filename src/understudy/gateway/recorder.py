@@ -114,6 +114,7 @@ class Recorder:
             response=response if texts and not self._unreadable(done, response) else b"",
             attempts=done.attempts,
             answered_by=seen.model,
+            fingerprint=seen.fingerprint,
             usage=usage,
             usage_estimated=estimated,
             ttft_s=done.ttft_s,

@@ -190,6 +190,7 @@ async def _copy(client: Endpoint, of: Exchange, alias: str, candidate: str) -> C
             Attempt(target=candidate, status=answer.status, billed="yes", started=begun, ended=time.time())
         ],
         answered_by=str(answer.body.get("model", "")),
+        fingerprint=str(answer.body.get("system_fingerprint") or ""),
         usage=answer.usage,
         ttft_s=answer.ttft_s,
         total_s=answer.total_s,

@@ -342,6 +342,7 @@ def _records(
         response=msgspec.json.encode(told.response),
         attempts=[attempt],
         answered_by=answered_by,
+        fingerprint=str(told.response.get("system_fingerprint") or ""),
         usage=usage if usage != Usage() else None,
         ttft_s=told.ttft_s,
         total_s=told.total_s,

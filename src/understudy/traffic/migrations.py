@@ -352,6 +352,24 @@ M022_CREATE_LOOKS = Migration(
     ),
 )
 
+M023_CREATE_FINGERPRINTS = Migration(
+    "m023_create_fingerprints",
+    (
+        # of calls kept so far nothing is known: their texts would have to be opened
+        """
+        CREATE TABLE fingerprints (
+            target TEXT NOT NULL,
+            answered_by TEXT NOT NULL,
+            fingerprint TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            first_at REAL NOT NULL,
+            last_at REAL NOT NULL,
+            PRIMARY KEY (target, answered_by, fingerprint)
+        ) WITHOUT ROWID
+        """,
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -376,6 +394,7 @@ HISTORY = (
     M020_CREATE_BUNDLES,
     M021_ADD_FORM,
     M022_CREATE_LOOKS,
+    M023_CREATE_FINGERPRINTS,
 )
 
 

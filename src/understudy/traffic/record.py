@@ -57,6 +57,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag="c
     attempts: list[Attempt] = []
     answered_by: str = ""
     """The model id named in the answer: shows a swap behind a name."""
+    fingerprint: str = ""
+    """The answer's ``system_fingerprint``; the store sums it by target (`fingerprints`), not call by call."""
     usage: Usage | None = None
     usage_estimated: bool = False
     """True when the stream was cut before the vendor said."""

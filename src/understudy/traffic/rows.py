@@ -96,19 +96,19 @@ def call_row(call: Call, cost: Cost | None, shape: Shape, place: Place) -> tuple
     return (
         call.key,
         call.at,
-        _text(call.alias),
-        _text(call.target),
-        _text(call.answered_by),
+        text(call.alias),
+        text(call.target),
+        text(call.answered_by),
         call.route,
         call.status,
         int(call.stream),
         int(call.usage_estimated),
         call.ttft_s,
         call.total_s,
-        _text(call.finish_reason),
-        _text(call.task_id),
-        _text(msgspec.json.encode(call.tags).decode()) if call.tags else "",
-        _text(call.caller),
+        text(call.finish_reason),
+        text(call.task_id),
+        text(msgspec.json.encode(call.tags).decode()) if call.tags else "",
+        text(call.caller),
         *((cost.usd, cost.price_date, cost.source) if cost else (None, "", "")),
         *counts,
         bytes.fromhex(shape.prompt_hash)[:_HASH_BYTES] or None,
@@ -144,7 +144,7 @@ def attempt_rows(call: Call) -> list[tuple[Any, ...]]:
     if _is_plain(call):
         return []
     return [
-        (call.key, n, _text(a.target), a.status, a.billed, a.started, a.ended, _text(a.error), _text(a.form))
+        (call.key, n, text(a.target), a.status, a.billed, a.started, a.ended, text(a.error), text(a.form))
         for n, a in enumerate(call.attempts)
     ]
 
@@ -152,7 +152,7 @@ def attempt_rows(call: Call) -> list[tuple[Any, ...]]:
 def feedback_row(feedback: Feedback) -> tuple[Any, ...]:
     """Values in the order of `FEEDBACK_COLUMNS`."""
     f = feedback
-    return (f.key, _text(f.call), f.at, _text(f.metric), f.value, _text(f.expected), _text(f.comment))
+    return (f.key, text(f.call), f.at, text(f.metric), f.value, text(f.expected), text(f.comment))
 
 
 def stored_call(row: Sequence[Any], attempts: list[Attempt], bodies: Bodies) -> StoredCall:
@@ -258,6 +258,6 @@ def _bounded(count: int) -> int:
     return min(max(int(count), 0), LARGEST)
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
     """Valid UTF-8 without NUL, which PostgreSQL refuses in text."""
     return value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")

@@ -21,9 +21,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from understudy.protocol import CallShape, Cost
-from understudy.traffic import allowances, hours, rows
+from understudy.traffic import allowances, fingerprints, hours, rows
 from understudy.traffic.allowances import Kind, Limits
 from understudy.traffic.database import Database, Row, open_database
+from understudy.traffic.fingerprints import Fingerprint
 from understudy.traffic.hours import Hour
 from understudy.traffic.migrations import migrate
 from understudy.traffic.record import Attempt, Call, Feedback, Record
@@ -248,6 +249,7 @@ class Store:
         table.sort(key=itemgetter(0))  # several gateways' calls: in the order of their keys, pages are filled
         self._many("calls", CALL_COLUMNS, table)
         hours.add(self._database, table)
+        fingerprints.add(self._database, calls)
         self._many("attempts", ATTEMPT_COLUMNS, [row for call in calls for row in rows.attempt_rows(call)])
 
     def _many(self, table: str, columns: str, values: Sequence[Row]) -> None:
@@ -400,6 +402,10 @@ class Store:
             "GROUP BY target, answered_by ORDER BY target, MIN(at)"
         )
         return [AnsweredBy(r[0], r[1], int(r[2]), *r[3:]) for r in self._database.query(sql, where.values)]
+
+    def fingerprints(self) -> list[Fingerprint]:
+        """Each ``system_fingerprint`` seen in answers, by target, model id and first sight."""
+        return fingerprints.read(self._database)
 
     def latencies(self, *, latest: int = 2_000) -> list[Latency]:
         """Medians over the ``latest`` answered calls, by target; a target with none of them is left out."""
