@@ -63,8 +63,8 @@ def read(database: Database) -> list[Fingerprint]:
 
 
 def _of(call: Call) -> Fingerprint:
-    names = (call.target, call.answered_by, call.fingerprint[:LONGEST])
-    return Fingerprint(*map(text, names), 1, call.at, call.at)
+    fingerprint = text(call.fingerprint[:LONGEST])
+    return Fingerprint(text(call.target), text(call.answered_by), fingerprint, 1, call.at, call.at)
 
 
 def _plus(one: Fingerprint, other: Fingerprint) -> Fingerprint:
