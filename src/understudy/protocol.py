@@ -70,6 +70,8 @@ class CallShape(msgspec.Struct, frozen=True, gc=False):
     """Task id, or empty."""
     completed: bool | None
     """Whether the task succeeded, by feedback; None when nobody said."""
+    parameters: frozenset[str] | None = None
+    """What it sends to steer sampling, as `parameters_of` names it; None when that was not kept."""
 
 
 class Answer(NamedTuple):
@@ -174,6 +176,33 @@ def features_of(request: Mapping[str, Any]) -> frozenset[str]:
         found.add(str(response_format["type"]))
     if any(m.get("role") in ("system", "developer") for m in request.get("messages") or []):
         found.add("system")
+    return frozenset(found)
+
+
+_DEFAULTS: dict[str, float | None] = {
+    "temperature": 1,
+    "top_p": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "top_k": None,
+    "logit_bias": None,
+    "reasoning_effort": None,
+}
+"""OpenAI API reference, "Create chat completion"; None where no value stands for leaving it out."""
+
+
+def parameters_of(request: Mapping[str, Any]) -> frozenset[str]:
+    """What a request sends to steer sampling, as named in `CallShape.parameters`.
+
+    Each parameter whose value is not the protocol's default; a temperature of the default is
+    ``temperature=1``, one above it is ``temperature>1`` besides.
+    """
+    sent = {name: request[name] for name in _DEFAULTS if request.get(name) is not None}
+    found = {name for name, value in sent.items() if value != _DEFAULTS[name]}
+    if "temperature" in sent and "temperature" not in found:
+        found.add("temperature=1")
+    elif float(sent.get("temperature", 0)) > 1:
+        found.add("temperature>1")
     return frozenset(found)
 
 

@@ -567,6 +567,34 @@ def test_parameter_changes_are_counted_and_those_already_made_are_not_told(catal
     assert not [x for c in within.candidates for x in c.changes if "seed" in x.text]
 
 
+def test_a_refused_temperature_meets_the_calls_that_send_one(catalog: Catalog) -> None:
+    def told(*sent: frozenset[str] | None) -> dict[str, int]:
+        shapes = [shape(parameters=parameters) for parameters in sent]
+        named = ["openai/o3", "anthropic/claude-opus-4-5", "mistral/mistral-large-4"]
+        made = make_plan(catalog, "v/old", shapes, named, now=NOW, tolerance=1.0)
+        changes = [
+            x for c in (*made.candidates, *made.excluded) for x in c.changes if "temperature" in x.text
+        ]
+        return {x.text.partition(" (")[0]: x.calls for x in changes} | {
+            "untold": sum("2 of these calls do not tell" in x.text for x in changes)
+        }
+
+    hot, cool, plain, usual, top = (
+        frozenset({"temperature", "temperature>1"}),
+        frozenset({"temperature", "top_p"}),
+        frozenset[str](),
+        frozenset({"temperature=1"}),
+        frozenset({"top_p"}),
+    )
+    refused = "temperature and top_p are refused unless they are the default"
+    none_sent = "temperature, where you send none, has a default that differs from model to model"
+    known = {refused: 3, "temperature above 1 is cut to 1": 1, none_sent: 2, "untold": 0}
+    assert told(hot, cool, plain, usual, top) == known
+    with_untold = {text: calls + 2 for text, calls in known.items()} | {"untold": 3}
+    assert told(hot, cool, plain, usual, top, None, None) == with_untold
+    assert told(usual, usual) == {"untold": 0}
+
+
 def test_energy_is_ecologits_range_for_the_answers(catalog: Catalog) -> None:
     facts = catalog.find("anthropic/claude-opus-5")
     assert facts

@@ -212,6 +212,26 @@ def test_shapes_come_from_columns(store: Store, make_call: MakeCall) -> None:
     assert store.shapes(latest=1) == [second]
 
 
+@pytest.mark.parametrize(
+    ("sent", "parameters"),
+    [
+        ({}, set()),
+        ({"temperature": 1.0, "top_p": 1, "presence_penalty": 0.0}, {"temperature=1"}),
+        ({"temperature": 0, "top_k": 1}, {"temperature", "top_k"}),
+        ({"temperature": 1.7, "top_p": 0.5}, {"temperature", "temperature>1", "top_p"}),
+        ({"temperature": None}, set()),
+    ],
+)
+def test_shapes_tell_what_a_call_sends(
+    store: Store, make_call: MakeCall, sent: dict[str, Any], parameters: set[str]
+) -> None:
+    store.insert([make_call(request=body("hi", **sent)), make_call(request=b"")], "s", 1)
+    told, metadata = store.shapes()
+    assert told.parameters == parameters
+    assert metadata.parameters is None
+    assert [c.shape.parameters for c in store.calls()] == [parameters, None]
+
+
 def test_routes_change_only_from_the_expected_version(store: Store) -> None:
     assert store.set_route("assistant", "openai/a", expected_version=0, by="config", reason="first")
     assert not store.set_route("assistant", "openai/b", expected_version=0, by="x", reason="late")

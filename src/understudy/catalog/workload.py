@@ -7,6 +7,7 @@ products and bisection make it a few per model. It ignores texts, and everything
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +25,7 @@ MONTH_S = 86_400 * 30.44
 Z90 = 1.2816
 """90th percentile of the standard normal distribution."""
 _PLAIN, _CACHED, _SAID = (Sums._fields.index(name) for name in ("plain", "cached", "said"))
+_NOTHING = frozenset[str]()
 LEAST_BLOCKS = 5
 """Blocks of time below which their spread says nothing."""
 
@@ -235,10 +237,8 @@ class Workload:
         return self._lengths[asked]
 
     def needing(self, feature: str) -> int:
-        """Calls that use a feature; ``max_tokens`` stands for a limit, ``no_max_tokens`` for none and
-        ``any`` for every call."""
-        if feature == "any":
-            return len(self.calls)
+        """Calls that use a feature, or send one of `CallShape.parameters`; ``max_tokens`` stands for a limit,
+        ``no_max_tokens`` and ``no_temperature`` for none."""
         if feature == "no_max_tokens":
             return len(self.calls) - self._uses["max_tokens"]
         return self._uses.get(feature, 0)
@@ -249,7 +249,26 @@ class Workload:
         for group in self.groups:
             for feature in group.features:
                 uses[feature] = uses.get(feature, 0) + len(group)
-        return uses
+        for sent, count in self._sent.items():
+            for parameter in sent or ():
+                uses[parameter] = uses.get(parameter, 0) + count
+        sending = self.sending("temperature", "temperature=1")
+        return uses | {"no_temperature": len(self.calls) - sending - self.untold}
+
+    def sending(self, *parameters: str) -> int:
+        """Calls that send one of these at least."""
+        return sum(
+            count for sent, count in self._sent.items() if not (sent or _NOTHING).isdisjoint(parameters)
+        )
+
+    @property
+    def untold(self) -> int:
+        """Calls of which nobody kept what they send."""
+        return self._sent[None]
+
+    @cached_property
+    def _sent(self) -> Counter[frozenset[str] | None]:
+        return Counter(call.parameters for call in self.calls)
 
     @cached_property
     def answer_tokens(self) -> int:

@@ -59,7 +59,7 @@ def add(database: Database, calls: Iterable[Call]) -> None:
 def read(database: Database) -> list[Fingerprint]:
     """All of them, by target, model id and first sight."""
     sql = f"SELECT {_COLUMNS} FROM fingerprints ORDER BY target, answered_by, first_at, fingerprint"  # noqa: S608
-    return [Fingerprint(*row[:3], int(row[3]), *row[4:]) for row in database.query(sql)]
+    return [Fingerprint(row[0], row[1], row[2], int(row[3]), *row[4:]) for row in database.query(sql)]
 
 
 def _of(call: Call) -> Fingerprint:

@@ -370,6 +370,14 @@ M023_CREATE_FINGERPRINTS = Migration(
     ),
 )
 
+M024_ADD_PARAMETERS = Migration(
+    "m024_add_parameters",
+    (
+        # NULL: not known, as of every call kept so far
+        "ALTER TABLE calls ADD COLUMN parameters TEXT",
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -395,6 +403,7 @@ HISTORY = (
     M021_ADD_FORM,
     M022_CREATE_LOOKS,
     M023_CREATE_FINGERPRINTS,
+    M024_ADD_PARAMETERS,
 )
 
 

@@ -21,6 +21,7 @@ from understudy.protocol import (
     Usage,
     features_of,
     modalities_of,
+    parameters_of,
     prompt_hash,
 )
 from understudy.traffic.record import Attempt, Call, Feedback, Route
@@ -37,7 +38,7 @@ USAGE_COLUMNS = (
 CALL_COLUMNS = (
     f"key, at, alias, target, answered_by, route, status, stream, usage_estimated, ttft_s, total_s, "
     f"finish_reason, task_id, tags, caller, cost_usd, price_date, price_source, {USAGE_COLUMNS}, "
-    f"prompt_hash, modalities, features, max_tokens, frame, messages, response, plain"
+    f"prompt_hash, modalities, features, max_tokens, frame, messages, response, plain, parameters"
 )
 ATTEMPT_COLUMNS = "call, number, target, status, billed, started, ended, error, form"
 FEEDBACK_COLUMNS = "key, call, at, metric, value, expected, comment"
@@ -64,6 +65,8 @@ class Shape(NamedTuple):
     modalities: frozenset[Modality] = frozenset({"text"})
     features: frozenset[str] = frozenset()
     max_tokens: int = 0
+    parameters: frozenset[str] | None = None
+    """None when the request was not recorded, or by a version that did not keep them."""
 
 
 class StoredCall(NamedTuple):
@@ -84,7 +87,13 @@ def shape_of(call: Call) -> Shape:
     if request is None:
         return bare
     try:
-        return Shape(prompt_hash(request), modalities_of(request), features_of(request), _limit(request))
+        return Shape(
+            prompt_hash(request),
+            modalities_of(request),
+            features_of(request),
+            _limit(request),
+            parameters_of(request),
+        )
     except _UNREADABLE:
         return bare
 
@@ -117,6 +126,7 @@ def call_row(call: Call, cost: Cost | None, shape: Shape, place: Place) -> tuple
         _bounded(shape.max_tokens),
         *place,
         int(_is_plain(call)),
+        None if shape.parameters is None else ",".join(sorted(shape.parameters)),
     )
 
 
@@ -181,19 +191,21 @@ def stored_call(row: Sequence[Any], attempts: list[Attempt], bodies: Bodies) -> 
     if row[34]:
         call = msgspec.structs.replace(call, attempts=[_plain_attempt(call)])
     cost = None if row[15] is None else Cost(row[15], row[16], row[17])
-    return StoredCall(call, cost, _shape(row[27:31]))
+    return StoredCall(call, cost, _shape(row[27:31], row[35]))
 
 
 def call_shape(row: Sequence[Any], completed: bool | None) -> CallShape:
-    """What planning needs; ``row`` is key, at, modalities, features, max_tokens, task, `USAGE_COLUMNS`."""
+    """What planning needs; ``row`` is key, at, modalities, features, max_tokens, task, parameters, then
+    `USAGE_COLUMNS`."""
     return CallShape(
         at=row[1],
-        usage=usage_of_row(row[6:]) or Usage(),
+        usage=usage_of_row(row[7:]) or Usage(),
         modalities=cast(frozenset[Modality], words(row[2])),
         features=words(row[3]),
         max_tokens=row[4],
         task=row[5],
         completed=completed,
+        parameters=None if row[6] is None else words(row[6]),
     )
 
 
@@ -225,9 +237,10 @@ def words(column: str) -> frozenset[str]:
     return frozenset(column.split(",")) if column else frozenset()
 
 
-def _shape(row: Sequence[Any]) -> Shape:
+def _shape(row: Sequence[Any], parameters: str | None) -> Shape:
     hashed = "" if row[0] is None else bytes(row[0]).hex()
-    return Shape(hashed, cast(frozenset[Modality], words(row[1])), words(row[2]), row[3])
+    sent = None if parameters is None else words(parameters)
+    return Shape(hashed, cast(frozenset[Modality], words(row[1])), words(row[2]), row[3], sent)
 
 
 def _limit(request: Json) -> int:

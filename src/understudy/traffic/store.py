@@ -43,7 +43,7 @@ _ROUTE_COLUMNS = (
     "candidate, share, origin, deadline"
 )
 _KEY_COLUMNS = f"id, name, created, revoked, {', '.join(Limits._fields)}"
-_SHAPE_COLUMNS = f"key, at, modalities, features, max_tokens, task_id, {USAGE_COLUMNS}"
+_SHAPE_COLUMNS = f"key, at, modalities, features, max_tokens, task_id, parameters, {USAGE_COLUMNS}"
 
 
 class Route(NamedTuple):
