@@ -126,7 +126,9 @@ def test_plan_ranks_as_asked_and_tells_tiers_changes_and_best_uses(run: Callable
     assert made["ranking"].startswith("1. the higher MMLU")
     text = run("plan", "assistant", "--top", "40").output
     assert "bulk work: the cheapest for this traffic" in text
-    assert "unsupported: temperature above 1, if you send it, is cut to 1" in text
+    changes = " ".join(text.split())
+    assert "default: temperature, where you send none, has a default that differs" in changes
+    assert "temperature above 1" not in changes  # no call sends one
     assert "lock-in: 0% of the calls" in text
     assert isinstance(run("plan", "assistant", "--candidate", "gpt-4o-typo").exception, InputError)
 
