@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 from pathlib import Path
 
 import msgspec
@@ -18,6 +20,7 @@ from understudy.compress.decoder import extras_of, layers_of, mixture_of, parame
 from understudy.compress.dense import Pooling, hull, to_dense
 from understudy.compress.experts import keep_experts
 from understudy.compress.families import MIXTURES
+from understudy.compress.fidelity import fidelity
 from understudy.compress.pool import channel_scores, expert_scores, keep, route
 from understudy.compress.recipe import OwnJob, own
 from understudy.compress.single import Sizes, decided
@@ -371,3 +374,28 @@ def test_prune_keeps_a_mixture_when_asked(make, tokenizer, tmp_path: Path):
     result = CliRunner().invoke(prune_command, arguments)
     assert result.exit_code == 0, result.output
     assert checkpoint.load(tmp_path / "few").model.config.num_experts == 3
+
+
+@pytest.fixture
+def bench():
+    path = Path(__file__).parents[2] / "bench" / "mixtures.py"
+    spec = importlib.util.spec_from_file_location("mixtures", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mixtures"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pooled_channels_of_a_trained_mixture_lose_least(bench):
+    """A small instance of the bench: random weights have no experts worth telling apart."""
+    drawn = bench.Text()
+    teacher = bench.trained(drawn, 60, seed=0)
+    assert bench.specialised(teacher, drawn) > 0.5
+    calibration, held_out = (bench.batched(drawn.documents(64, seed)) for seed in (11, 14))
+    losses = {
+        choice: fidelity(
+            teacher, to_dense(teacher, 2 * bench.CHANNELS, calibration, Pooling(choice)).model, held_out
+        ).kl
+        for choice in bench.NAMES
+    }
+    assert losses["channels"] < 0.95 * min(kl for choice, kl in losses.items() if choice != "channels")

@@ -209,8 +209,8 @@ def _shrink(
     if not sized:
         least = parameters(msgspec.structs.replace(allowed[-1], ffn=min(MULTIPLE, shape.ffn)), extras)
         raise InputError(
-            f"{wanted / 1e6:.1f}M parameters cannot be reached with heads and FFN channels",
-            expected=f"at least {least / 1e6:.1f}M",
+            f"{wanted:,.0f} parameters cannot be reached with heads and FFN channels",
+            expected=f"at least {least:,}",
             next_step="ask for more parameters, or fewer --kv-heads",
         )
     floor = FFN_FLOOR * (extras.mixed.active if extras.mixed else teacher.ffn)
