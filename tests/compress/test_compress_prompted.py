@@ -78,8 +78,13 @@ def asking(vllm: Any, tokenizer: Any, vocab: int = 48) -> Prompted:
 
 
 async def told(prompted: Prompted, documents: list[Document]) -> list[Any]:
-    """It brings an event loop of its own."""
-    return await asyncio.to_thread(prompted.told, documents)
+    """It brings an event loop of its own, and is asked batch by batch."""
+
+    def ask() -> list[Any]:
+        with prompted:
+            return [one for document in documents for one in prompted.told([document])]
+
+    return await asyncio.to_thread(ask)
 
 
 async def test_prompts_become_the_teachers_own_distribution(vllm, tokenizer, documents):
@@ -103,6 +108,17 @@ async def test_tokens_that_the_student_has_not_are_left_to_the_bucket(vllm, toke
     exact = vllm.log_p(documents[0].tokens)[:-1].exp()
     assert int(signal.tokens.max()) < 30
     assert bool((signal.rest >= exact[:, 30:].topk(1).values[:, 0] - 2e-3).all())
+
+
+async def test_all_batches_go_through_one_client(vllm, tokenizer, documents):
+    opened: list[HttpEndpoint] = []
+
+    def connect() -> HttpEndpoint:
+        opened.append(HttpEndpoint("vllm/large", vllm.url, "large"))
+        return opened[-1]
+
+    assert len(await told(Prompted(connect, tokenizer, 48), documents[:3])) == len(vllm.asked) == 3
+    assert len(opened) == 1
 
 
 async def test_another_tokenizer_is_refused(vllm, tokenizer, documents):

@@ -241,5 +241,7 @@ def capture_prompted(
         raise InputError("no text to capture", expected="chats or texts")
     vocab, length = len(head_weight(student.model)), shared_length(documents)
     origin = origin_of(target, student.tokenizer, vocab, length, top=TOP, samples=0)
-    tell = Prompted(connect, student.tokenizer, vocab, concurrency).told
-    return capture(tell, documents, out, origin, shard_tokens=ASKED_SHARD_TOKENS, progress=progress)
+    with Prompted(connect, student.tokenizer, vocab, concurrency) as teacher:
+        return capture(
+            teacher.told, documents, out, origin, shard_tokens=ASKED_SHARD_TOKENS, progress=progress
+        )

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import msgspec
 
@@ -46,14 +46,27 @@ class Likely(msgspec.Struct):
 
 
 class Prompted:
-    """A server that is asked of texts; ``told`` is a `capture.Tell`."""
+    """A server that is asked of texts; use as ``with``. ``told`` is a `capture.Tell`.
+
+    One client for all of them, so that connections are used again and a pace is kept from one call to the
+    next.
+    """
 
     def __init__(
         self, connect: Connect, tokenizer: PreTrainedTokenizerBase, vocab: int, concurrency: int = 8
     ) -> None:
-        """``connect`` opens the endpoint, anew for every call of `told`; ``vocab`` is the student's."""
+        """``connect`` opens the endpoint; ``vocab`` is the student's."""
         self._connect, self._tokenizer, self._vocab = connect, tokenizer, vocab
         self._concurrency = concurrency
+        self._runner, self._stack = asyncio.Runner(), AsyncExitStack()
+
+    def __enter__(self) -> Self:
+        self._endpoint = self._runner.run(self._stack.enter_async_context(self._connect()))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._runner.run(self._stack.aclose())
+        self._runner.close()
 
     def told(self, documents: Sequence[Document]) -> list[Told]:
         """What it says of each text.
@@ -63,17 +76,16 @@ class Prompted:
         """
         if any(d.media for d in documents):
             raise InputError("pictures or sound for a server that is sent tokens", expected="texts alone")
-        return asyncio.run(self._all(documents))
+        return self._runner.run(self._all(documents))
 
     async def _all(self, documents: Sequence[Document]) -> list[Told]:
         gate = asyncio.Semaphore(self._concurrency)
-        async with self._connect() as endpoint:
 
-            async def one(document: Document) -> Told:
-                async with gate:
-                    return await self._one(endpoint, document.tokens)
+        async def one(document: Document) -> Told:
+            async with gate:
+                return await self._one(self._endpoint, document.tokens)
 
-            return await asyncio.gather(*map(one, documents))
+        return await asyncio.gather(*map(one, documents))
 
     async def _one(self, endpoint: Endpoint, tokens: list[int]) -> Told:
         # a server refuses max_tokens = 0 without echo: the one token that it adds is thrown away
