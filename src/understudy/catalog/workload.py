@@ -212,18 +212,18 @@ class Workload:
 
     @cached_property
     def _minutes(self) -> list[tuple[int, int]]:
-        """Tokens and calls of each minute, the busiest first."""
+        """Tokens and calls of each minute, in no order."""
         tokens: dict[int, int] = {}
         calls: dict[int, int] = {}
         for call in self.calls:
             minute = int(call.at // 60)
             tokens[minute] = tokens.get(minute, 0) + call.usage.total_tokens
             calls[minute] = calls.get(minute, 0) + 1
-        return sorted(zip(tokens.values(), calls.values(), strict=True), reverse=True)
+        return list(zip(tokens.values(), calls.values(), strict=True))
 
     @property
     def peak_tokens_per_minute(self) -> int:
-        return self._minutes[0][0] if self._minutes else 0
+        return max((tokens for tokens, _ in self._minutes), default=0)
 
     def too_fast(self, tokens_per_minute: float) -> int:
         """Calls in minutes that hold more tokens than a vendor allows."""
