@@ -70,16 +70,34 @@ def top(scores: Tensor, count: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
-def refit(weight: Tensor, gram: Gram, keep: list[int], *, ridge: float = 1e-2, pull: float = 0.0) -> Tensor:
+def projected(weight: Tensor, gram: Gram) -> Tensor:
+    """H Wᵀ in float64, (n, width): the part of `refit` that all choices of channels share."""
+    original = weight.double()
+    return torch.cat([part.double() @ original.T for part in gram.second.split(BLOCK)])
+
+
+def refit(
+    weight: Tensor,
+    gram: Gram,
+    keep: list[int],
+    *,
+    ridge: float = 1e-2,
+    pull: float = 0.0,
+    product: Tensor | None = None,
+) -> Tensor:
     """The kept columns of W, refitted so that W'x_S is closest to Wx + pull·d over the calibration tokens.
 
     W'ᵀ = (H_SS + λI)⁻¹(H_S: Wᵀ + pull·X_Sᵀd + λW_Sᵀ), λ = ridge·mean diag(H_SS): a ridge toward the original
     weights, so a direction never seen keeps them. Solved in float64; (width, |keep|) in the weight's dtype.
+    ``product``: `projected`, where it is known already.
     """
     at = torch.tensor(keep)
     original = weight.double()
     rows = gram.second[at]
-    wanted = torch.cat([part.double() @ original.T for part in rows.split(BLOCK)])
+    if product is None:
+        wanted = torch.cat([part.double() @ original.T for part in rows.split(BLOCK)])
+    else:
+        wanted = product[at]
     inner = rows[:, at].double()
     del rows
     strength = _strength(inner, ridge)
@@ -153,32 +171,40 @@ def choose_heads(
 
     All subsets are tried when there are at most `ENUMERATE_UP_TO`, otherwise heads are removed greedily.
     """
-    search = _HeadSearch(weight, gram, heads, kv_heads, ridge)
-    groups = search.groups(keep_kv)
-    query = search.within(groups, keep // keep_kv)
-    return Heads(query, groups)
+    return HeadSearch(weight, gram, heads, kv_heads, ridge).choose(keep, keep_kv)
 
 
-class _HeadSearch:
-    """Subsets of heads by their damage at the output projection."""
+class HeadSearch:
+    """Subsets of heads by their damage at the output projection; one factorisation serves all of them.
 
-    def __init__(self, weight: Tensor, gram: Gram, heads: int, kv_heads: int, ridge: float) -> None:
-        self.weight, self.second, self.ridge = weight.double().T, gram.second.double(), ridge
-        self.product = self.second @ self.weight
-        self.kv_heads = kv_heads
+    With R the columns that go, refitting the others (ridge toward the original weights) leaves the loss
+    tr(W_R [((H + λI)⁻¹)_RR]⁻¹ W_Rᵀ): the block form of the Optimal Brain Surgeon (Hassibi & Stork 1993).
+    """
+
+    def __init__(self, weight: Tensor, gram: Gram, heads: int, kv_heads: int, ridge: float = 1e-2) -> None:
+        self.weight, second = weight.double().T, gram.second.double()
+        damped = second + _strength(second, ridge) * torch.eye(len(second), dtype=torch.float64)
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        self.heads, self.kv_heads = heads, kv_heads
         self.group = heads // kv_heads
         self.head_dim = weight.shape[1] // heads
+
+    def choose(self, keep: int, keep_kv: int) -> Heads:
+        """``keep_kv`` whole groups, and as many query heads of each as make ``keep``."""
+        groups = self.groups(keep_kv)
+        return Heads(self.within(groups, keep // keep_kv), groups)
 
     def members(self, group: int) -> list[int]:
         return list(range(group * self.group, (group + 1) * self.group))
 
     def loss(self, heads: list[int]) -> float:
-        """E‖Wx − W'x_S‖² after the refit, less the constant E‖Wx‖²: many subsets share H and HWᵀ."""
-        at = torch.tensor(head_columns(heads, self.head_dim))
-        inner, wanted = self.second[at][:, at], self.product[at]
-        strength = _strength(inner, self.ridge)
-        refitted = _solve(inner, wanted + strength * self.weight[at], strength)
-        return float((refitted * (inner @ refitted - 2 * wanted)).sum())
+        """What is lost when only these stay and are refitted."""
+        gone = head_columns([h for h in range(self.heads) if h not in set(heads)], self.head_dim)
+        if not gone:
+            return 0.0
+        at = torch.tensor(gone)
+        lower = torch.linalg.cholesky(self.inverse[at][:, at])
+        return float(torch.linalg.solve_triangular(lower, self.weight[at], upper=False).square().sum())
 
     def groups(self, count: int) -> list[int]:
         everything = list(range(self.kv_heads))

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -30,10 +31,11 @@ from understudy.compress.fidelity import divergence, side_of
 from understudy.compress.importance import (
     Gated,
     Heads,
+    HeadSearch,
     Score,
     channel_scores,
-    choose_heads,
     head_columns,
+    projected,
     refit,
     top,
 )
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 FINALISTS = 3
 """Shapes tried whole."""
-POINTS = 3
+POINTS = 2
 """Sizes at which an axis is measured alone."""
 LEAST_SHARE = 0.25
 """Smallest share of an axis that is thought of."""
@@ -314,8 +316,9 @@ class Tryout:
         run = _Run(trial, enter(self.model, self.probe), self._dropped(trial.shape.layers))
         if trial.shape.hidden < self.shape.hidden:
             run.keep = top(self.width, trial.shape.hidden)
-            mixed = enter(self.model, [*self.text, *self.probe])
-            mixed.real[len(self.text) :] = [torch.zeros_like(b.real) for b in self.probe]
+            text = [] if trial.sliced else self.text  # a slice needs no statistics
+            mixed = enter(self.model, [*text, *self.probe])
+            mixed.real[len(text) :] = [torch.zeros_like(b.real) for b in self.probe]
             offset = family_of(self.model).gain_offset
             run.narrowing = Narrowing(run.keep, Refit(not trial.sliced, 1e-2, 0.5), mixed, offset)
         return run
@@ -337,7 +340,7 @@ class Tryout:
         if run.narrowing is None:
             end = side_of(self.model, self._ends(run.stream))
         else:
-            none = [torch.zeros_like(b.real) for b in self.text]
+            none = [] if run.trial.sliced else [torch.zeros_like(b.real) for b in self.text]
             end = run.narrowing.end(self.model, [*none, *(b.predicts for b in self.probe)])
         trial = run.trial
         return Measured(
@@ -380,13 +383,18 @@ class _Cutter:
     def _heads(self, shape: Shape) -> tuple[Heads, Tensor]:
         key, weight = (shape.heads, shape.kv_heads), self.layer.o.weight
         if key not in self._outs:
-            before = self.shape
-            heads = choose_heads(
-                weight, self.mixed, heads=before.heads, kv_heads=before.kv_heads, keep=key[0], keep_kv=key[1]
-            )
-            columns = head_columns(heads.query, before.head_dim)
+            heads = self._subsets.choose(*key)
+            columns = head_columns(heads.query, self.shape.head_dim)
             self._outs[key] = heads, refit(weight, self.mixed, columns)
         return self._outs[key]
+
+    @cached_property
+    def _subsets(self) -> HeadSearch:
+        return HeadSearch(self.layer.o.weight, self.mixed, self.shape.heads, self.shape.kv_heads)
+
+    @cached_property
+    def _product(self) -> Tensor:
+        return projected(self.layer.down.weight, self.channels)
 
     def _ffn(self, size: int, score: Score | Rule, *, refitted: bool) -> tuple[list[int], Tensor]:
         key = size, score, refitted
@@ -394,6 +402,10 @@ class _Cutter:
             block = Gated(self.layer.gate.weight, self.layer.up.weight, self.layer.down.weight)
             scores = score(block) if callable(score) else channel_scores(score, block, self.channels)
             kept = top(scores, size)
-            down = refit(block.down, self.channels, kept) if refitted else block.down[:, kept]
+            down = (
+                refit(block.down, self.channels, kept, product=self._product)
+                if refitted
+                else block.down[:, kept]
+            )
             self._downs[key] = kept, down
         return self._downs[key]

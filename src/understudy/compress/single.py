@@ -51,7 +51,7 @@ LEAST_TOKENS = 64
 
 ATTEMPTS = 3
 """Shapes measured on the engine before a latency is given up."""
-STATISTICS_TOKENS, PROBE_TOKENS = 2_048, 512
+STATISTICS_TOKENS, PROBE_TOKENS = 1_536, 384
 """Tokens that a shape is searched on: those statistics are taken of, and those KL is measured on."""
 
 Texts = Callable[["PreTrainedTokenizerBase"], list[Document]]
