@@ -94,7 +94,10 @@ def cheapest(
     singles = bench.measure(ladder.singles())
     singles += bench.measure(ladder.promising_widths(singles))
     ranked = sorted(shapes, key=lambda shape: (_predicted(bench.shape, shape, singles), -budget.cost(shape)))
-    finalists = bench.measure([Trial("plan", shape) for shape in ranked[:FINALISTS]])
+    known = {found.shape: found for found in singles if not found.sliced}
+    best = ranked[:FINALISTS]
+    finalists = bench.measure([Trial("plan", shape) for shape in best if shape not in known])
+    finalists += [msgspec.structs.replace(known[shape], axis="plan") for shape in best if shape in known]
     return [*sorted(finalists, key=lambda found: found.kl), *singles]
 
 
