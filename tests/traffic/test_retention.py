@@ -203,6 +203,8 @@ UNDONE = (
     "DROP TABLE bundles",
     "DROP TABLE links",
     "ALTER TABLE digests DROP COLUMN answer",
+    "DROP TABLE fingerprints",
+    "ALTER TABLE calls DROP COLUMN parameters",
 )
 """The steps that came after retention, taken back."""
 
