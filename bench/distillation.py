@@ -26,7 +26,7 @@ import torch
 
 from understudy.compress import checkpoint, distill
 from understudy.compress import plan as plans
-from understudy.compress.capture import Live, _sampled, capture
+from understudy.compress.capture import Live, capture, sampled
 from understudy.compress.corpus import Document, encode_chat, shuffled, take
 from understudy.compress.curve import save_plot
 from understudy.compress.decoder import extras_of, keep_layers, shape_of, write_shape
@@ -78,7 +78,7 @@ def ours_cached() -> Callable[[], list[torch.Tensor]]:
     hidden, head, states, teacher = problem()
     origin = Origin(teacher="", tokenizer="", template="", vocab=VOCAB, row_tokens=0)
     told = [
-        _sampled(torch.log_softmax(part @ teacher.T, -1), torch.rand(len(part), 8).double(), origin)
+        sampled(torch.log_softmax(part @ teacher.T, -1), torch.rand(len(part), 8).double(), origin)
         for part in states.split(64)
     ]
     signals = [sparse(t, VOCAB) for t in told]

@@ -66,7 +66,7 @@ def test_targets_are_the_teachers_whatever_the_packing(make, words, tmp_path: Pa
 
 def test_the_mean_of_sampled_gradients_converges_to_the_dense_one():
     """Over many draws of the tail the gradient's error falls as 1/√draws: the estimate has no bias."""
-    from understudy.compress.capture import _sampled
+    from understudy.compress.capture import sampled
 
     torch.manual_seed(3)
     states, head = torch.randn(6, 8), torch.randn(200, 8)
@@ -80,7 +80,7 @@ def test_the_mean_of_sampled_gradients_converges_to_the_dense_one():
     for draws in (16, 1024):
         many = log_p.repeat(draws, 1)
         chance = torch.rand(len(many), origin.samples, dtype=torch.float64)
-        signal = targets.sparse(_sampled(many, chance, origin), 200)
+        signal = targets.sparse(sampled(many, chance, origin), 200)
         rows = Rows(signal, labels.repeat(draws), ones.repeat(draws), (ones * 0).repeat(draws))
         wide = hidden.repeat(draws, 1)
         loss = distillation_loss(wide, own, rows, normaliser=6 * draws).total

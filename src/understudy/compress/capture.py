@@ -200,7 +200,7 @@ class Live:
         signal = self.teacher.unremembered(collate(rows).to(self.teacher.head.weight.device))
         chance = torch.cat([_chance(d, self.origin.samples) for d in documents])
         blocks = [
-            _sampled(torch.log_softmax(logits.float(), dim=-1), chance[at], self.origin)
+            sampled(torch.log_softmax(logits.float(), dim=-1), chance[at], self.origin)
             for at, (logits,) in logit_blocks([Side(signal.hidden, signal.head)])
         ]
         whole = [np.concatenate(column) for column in zip(*blocks, strict=True)]
@@ -215,7 +215,7 @@ def _chance(document: Document, samples: int) -> Tensor:
     return torch.from_numpy(drawn)
 
 
-def _sampled(log_p: Tensor, chance: Tensor, origin: Origin) -> Told:
+def sampled(log_p: Tensor, chance: Tensor, origin: Origin) -> Told:
     """Of a block of distributions (rows, vocab): the likeliest tokens, and samples of the others.
 
     Samples by inverting the distribution function of the others, which is summed in float64: in float32 a

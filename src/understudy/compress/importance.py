@@ -72,8 +72,12 @@ def top(scores: Tensor, count: int) -> list[int]:
 
 def projected(weight: Tensor, gram: Gram) -> Tensor:
     """H Wᵀ in float64, (n, width): the part of `refit` that all choices of channels share."""
-    original = weight.double()
-    return torch.cat([part.double() @ original.T for part in gram.second.split(BLOCK)])
+    return _through(gram.second, weight.double())
+
+
+def _through(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows`` Wᵀ in float64, a block of rows at a time."""
+    return torch.cat([part.double() @ weight.T for part in rows.split(BLOCK)])
 
 
 def refit(
@@ -94,10 +98,7 @@ def refit(
     at = torch.tensor(keep)
     original = weight.double()
     rows = gram.second[at]
-    if product is None:
-        wanted = torch.cat([part.double() @ original.T for part in rows.split(BLOCK)])
-    else:
-        wanted = product[at]
+    wanted = _through(rows, original) if product is None else product[at]
     inner = rows[:, at].double()
     del rows
     strength = _strength(inner, ridge)
