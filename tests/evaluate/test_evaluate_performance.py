@@ -31,10 +31,17 @@ def test_speed_by_hand() -> None:
     figures = speed(ModelSheet(model="m", samples=SAMPLES, wall_s=4.0))
     assert figures is not None
     assert figures.prompt_tokens_per_s == 200.0
-    assert figures.generation_tokens_per_s == 10.0
+    assert figures.generation_tokens_per_s == 10.0  # 20 more tokens in 2 s; the answer of 11 is too short
     assert figures.tokens_per_s == 108.0
     assert (figures.p50_s, figures.p95_s) == (1.5, 3.5)
     assert speed(ModelSheet(model="m")) is None
+
+
+def test_short_answers_say_nothing_of_generation() -> None:
+    """One word takes as long as the calls beside it; nobody should read that as tokens a second."""
+    figures = speed(ModelSheet(model="m", samples=SAMPLES[:1], wall_s=1.5))
+    assert figures is not None
+    assert figures.generation_tokens_per_s is None
 
 
 def test_cost_by_list_price() -> None:

@@ -21,6 +21,8 @@ from understudy.evaluate.workers import side_by_side
 
 PERFORMANCE = "performance.json"
 MILLION = 1_000_000
+GENERATES = 16
+"""Fewest tokens of an answer that tell how fast a model generates; the last few wait for other calls."""
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +65,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens_per_s: float | None
     """Until the first byte, one call's view."""
     generation_tokens_per_s: float | None
-    """After the first byte, one call's view."""
+    """After the first byte, one call's view; None where all answers are shorter than `GENERATES` tokens."""
     tokens_per_s: float | None
     """Prompt and completion tokens of all calls over the wall clock."""
     p50_s: float
@@ -119,12 +121,13 @@ def speed(sheet: ModelSheet) -> Speed | None:
         return None
     prompt = sum(s.prompt_tokens for s in samples)
     completion = sum(s.completion_tokens for s in samples)
+    long = [s for s in samples if s.completion_tokens >= GENERATES]
     # the first token comes with the first byte
-    generated = sum(max(s.completion_tokens - 1, 0) for s in samples)
+    generated = sum(s.completion_tokens - 1 for s in long)
     return Speed(
         requests=len(samples),
         prompt_tokens_per_s=_per(prompt, sum(s.ttft_s for s in samples)),
-        generation_tokens_per_s=_per(generated, sum(s.total_s - s.ttft_s for s in samples)),
+        generation_tokens_per_s=_per(generated, sum(s.total_s - s.ttft_s for s in long)),
         tokens_per_s=_per(prompt + completion, sheet.wall_s),
         p50_s=quantile([s.total_s for s in samples], 0.50),
         p95_s=quantile([s.total_s for s in samples], 0.95),

@@ -171,8 +171,12 @@ def _models(certificate: Certificate) -> list[Row]:
         Row("Context length", [_number(m.context_length, " tokens") for m in models]),
         Row("Modalities", [", ".join(m.modalities) or NOTHING for m in models]),
         Row("Calls it can take", [NOTHING if f.share is None else share(f.share) for f in fits]),
+        Row(
+            "Throughput",
+            [_rate(m.speed.tokens_per_s if m.speed else None) for m in models],
+            "prompts and answers, all calls",
+        ),
         Row("Generation", [_rate(m.speed.generation_tokens_per_s if m.speed else None) for m in models]),
-        Row("Prompt reading", [_rate(m.speed.prompt_tokens_per_s if m.speed else None) for m in models]),
         Row("Latency, median", [seconds(m.speed.p50_s) if m.speed else NOTHING for m in models]),
         Row("Latency, 95%", [seconds(m.speed.p95_s) if m.speed else NOTHING for m in models]),
         Row("Memory", [_bytes(m.memory_bytes) for m in models]),
