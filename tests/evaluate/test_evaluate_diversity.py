@@ -13,8 +13,10 @@ from click.testing import CliRunner
 
 from understudy.cli.evaluate import evaluate
 from understudy.errors import InputError
+from understudy.evaluate.benchmarks import BenchmarkHeader, Scored
 from understudy.evaluate.certify import build
-from understudy.evaluate.diversity import Judged, capa, compare, of_table, warning
+from understudy.evaluate.diversity import Judged, capa, compare, of_benchmarks, of_table, warning
+from understudy.evaluate.evidence import Lines
 from understudy.evaluate.needed import shared_blind_spots
 from understudy.evaluate.scores import read
 from understudy.evaluate.verify import verify
@@ -133,3 +135,27 @@ def test_a_certificate_of_an_earlier_format_is_refused_with_what_to_do(drill: Pa
     path.write_bytes(path.read_bytes().replace(b"understudy-certificate/3", b"understudy-certificate/2"))
     with pytest.raises(InputError, match=r"certificate/2"):
         verify(path)
+
+
+def test_two_copies_of_a_model_are_alike_on_a_benchmark_scored_by_the_character() -> None:
+    """Nats per character differ by hundredths; a softmax over them made copies as alike as strangers."""
+    rng = random.Random(5)
+    lines = [
+        Scored(
+            key=str(i),
+            gold=rng.randrange(4),
+            logprobs=[rng.uniform(-200, -90) for _ in "abcd"],
+            lengths=[120] * 4,
+        )
+        for i in range(60)
+    ]
+    benches = [
+        Lines(
+            BenchmarkHeader(suite="hellaswag", model=name, seed=1, items=60, population=60, normalised=True),
+            lines,
+        )
+        for name in ("a", "b")
+    ]
+    pair = of_benchmarks(benches, ["a", "b"])[0]
+    assert pair.both_wrong + pair.both_right == 60
+    assert pair.capa == pytest.approx(1.0)

@@ -221,16 +221,20 @@ def _on_benchmark(one: Lines[BenchmarkHeader, Scored], other: Lines[BenchmarkHea
 
 
 def _chances(header: BenchmarkHeader, line: Scored) -> list[float]:
-    """Softmax over the choices' log-probabilities, per character where the suite's figure is; all of it on
-    the choice that was answered, where it was asked, and even where none was."""
+    """Softmax over the choices' log-probabilities; all of it on the choice that was answered, where it was
+    asked, and even where none was.
+
+    All on the likeliest choice too where the suite's figure is per character: a softmax of nats per character
+    is nearly even whatever a model knows, and two copies of one model would look unlike each other.
+    """
     if header.generative:
         return _picked(header, line)
-    values = [
-        value / length if header.normalised else value
-        for value, length in zip(line.logprobs, line.lengths, strict=True)
-    ]
-    highest = max(values)
-    weights = [math.exp(value - highest) for value in values]
+    if header.normalised:
+        values = [value / length for value, length in zip(line.logprobs, line.lengths, strict=True)]
+        likeliest = values.index(max(values))
+        return [float(choice == likeliest) for choice in range(len(values))]
+    highest = max(line.logprobs)
+    weights = [math.exp(value - highest) for value in line.logprobs]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
