@@ -1,4 +1,4 @@
-"""Hourly sums: equal to the calls they count, however these arrived."""
+"""Hourly and daily sums: equal to the calls they count, however these arrived."""
 
 from __future__ import annotations
 
@@ -31,6 +31,30 @@ def test_an_hour_sums_its_calls(store: Store, make_call: MakeCall) -> None:
     assert first == (HOUR, "assistant", "openai/gpt-4.1", 2, 1, 1, 12, 3, 0, 0.25, 2.0)
     assert (other.alias, other.calls) == ("other", 1)
     assert (second.hour, second.prompt_tokens, second.cached_tokens) == (HOUR + 1, 5, 4)
+    day, of_other = store.days()
+    assert day == (
+        HOUR // 24 * 24,
+        "assistant",
+        "openai/gpt-4.1",
+        3,
+        1,
+        1,
+        17,
+        3,
+        4,
+        0.25,
+        2.0 + second.total_s,
+    )
+    assert of_other == other._replace(hour=HOUR // 24 * 24)
+
+
+def test_days_begin_at_midnight(store: Store, make_call: MakeCall) -> None:
+    midnight = HOUR // 24 * 86_400.0
+    store.insert([make_call(at=midnight + seconds) for seconds in (-0.5, 0.0, 86_399.0, 86_400.0)], "s", 1)
+    store.insert([make_call(at=midnight)], "s", 2)
+    first = HOUR // 24 * 24
+    assert [(day.hour - first, day.calls) for day in store.days()] == [(-24, 1), (0, 3), (24, 1)]
+    assert [day.hour - first for day in store.days(since=midnight + 3 * 3600)] == [0, 24]
 
 
 def test_a_span_takes_whole_hours(store: Store, make_call: MakeCall) -> None:
@@ -62,3 +86,14 @@ def test_a_store_from_before_is_summed_when_opened(store_url: str, tmp_path: Pat
     old.close()
     with open_store(store_url, tmp_path) as store:
         assert store.hours() == [(HOUR, "a", "o/m", 2, 1, 2, 14, 0, 0, 1.0, 0.5)]
+        assert store.days() == [(HOUR // 24 * 24, "a", "o/m", 2, 1, 2, 14, 0, 0, 1.0, 0.5)]
+
+
+@pytest.mark.parametrize("hour", [-25, -24, -1, 0, 23, 24])
+def test_hours_of_a_store_from_before_fall_into_their_day(store_url: str, tmp_path: Path, hour: int) -> None:
+    old = open_database(store_url, tmp_path)
+    migrate(old, upto=24)
+    old.execute(f"INSERT INTO hours VALUES ({hour}, 'a', 'o/m', 1, 0, 0, 0, 0, 0, 0, 0)")
+    migrate(old)
+    assert old.query("SELECT day FROM days") == [(hour // 24,)]
+    old.close()

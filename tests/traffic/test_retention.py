@@ -205,6 +205,7 @@ UNDONE = (
     "ALTER TABLE digests DROP COLUMN answer",
     "DROP TABLE fingerprints",
     "ALTER TABLE calls DROP COLUMN parameters",
+    "DROP TABLE days",
 )
 """The steps that came after retention, taken back."""
 

@@ -350,7 +350,7 @@ def _show_tiers(config: Config, by: Literal["day", "week", "month"], as_json: bo
 
     rules = parse_rules(config.catalog.tiers)
     with _store(config) as store:
-        used = tiers_over_time(_catalog(config), store.hours(), rules, time.time(), by)
+        used = tiers_over_time(_catalog(config), store.days(), rules, time.time(), by)
     if as_json:
         print_json(used)
         return

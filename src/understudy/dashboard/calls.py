@@ -68,7 +68,7 @@ def page(desk: Desk, query: Mapping[str, str]) -> Traffic:
     """The list asked for. Raises StoreError."""
     wanted, faults = read_filter(query)
     cursor = Cursor(query["after"], "newer") if query.get("after") else Cursor(query.get("before", ""))
-    seen = (hour.alias for hour in desk.hours(MONTH_DAYS))
+    seen = (hour.alias for hour in desk.days(MONTH_DAYS))
     found = search.find(desk.lists, wanted, cursor)
     return Traffic(
         now=desk.now(),

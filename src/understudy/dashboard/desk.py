@@ -7,16 +7,16 @@ another process fills is seen as it is at each request.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from understudy.catalog.facts import Catalog, catalog_of
 from understudy.catalog.prices import rates_at
 from understudy.config import Config
 from understudy.traffic.database import Database, open_database
-from understudy.traffic.hours import Hour
+from understudy.traffic.hours import HOUR_S, Hour
 from understudy.traffic.store import Store, open_store
 
 DAY_S = 86_400.0
@@ -58,9 +58,13 @@ class Desk:
             )
         return bound
 
-    def hours(self, days: float) -> list[Hour]:
-        """Hourly sums of the last ``days`` days."""
-        return self.store.hours(since=self.now() - days * DAY_S)
+    def hours(self, hours: int) -> list[Hour]:
+        """Hourly sums of the last ``hours`` hours, the one under way included."""
+        return self.store.hours(since=self.now() - (hours - 1) * HOUR_S)
+
+    def days(self, days: int) -> list[Hour]:
+        """Daily sums of the last ``days`` days (UTC), today included."""
+        return self.store.days(since=self.now() - (days - 1) * DAY_S)
 
 
 class Binding(NamedTuple):
@@ -90,9 +94,6 @@ class Use(NamedTuple):
     cost_usd: float = 0.0
     total_s: float = 0.0
 
-    def plus(self, hour: Hour) -> Use:
-        return Use._make(mine + theirs for mine, theirs in zip(self, hour[3:], strict=True))
-
     @property
     def failure_rate(self) -> float:
         return self.failed / self.calls if self.calls else 0.0
@@ -103,18 +104,15 @@ class Use(NamedTuple):
         return self.total_s / self.calls if self.calls else 0.0
 
 
-def total(hours: list[Hour]) -> Use:
+def total(hours: Sequence[Hour]) -> Use:
     """Everything in these hours."""
-    use = Use()
-    for hour in hours:
-        use = use.plus(hour)
-    return use
+    return Use._make(map(sum, zip(*(hour[3:] for hour in hours), strict=True))) if hours else Use()
 
 
-def by(name: str, hours: list[Hour]) -> dict[str, Use]:
+def by(name: Literal["alias", "target"], hours: Iterable[Hour]) -> dict[str, Use]:
     """Sums for each value of ``alias`` or ``target``, the busiest first."""
-    found: dict[str, Use] = {}
+    groups: dict[str, list[Hour]] = {}
     for hour in hours:
-        key = str(getattr(hour, name))
-        found[key] = found.get(key, Use()).plus(hour)
+        groups.setdefault(hour.alias if name == "alias" else hour.target, []).append(hour)
+    found = {key: total(group) for key, group in groups.items()}
     return dict(sorted(found.items(), key=lambda item: -item[1].calls))

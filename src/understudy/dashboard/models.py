@@ -78,7 +78,7 @@ class Models(NamedTuple):
 def page(desk: Desk, query: Mapping[str, str]) -> Models:
     """Read the page. Raises StoreError, InputError for a faulty overlay."""
     now = desk.now()
-    hours = desk.hours(MONTH_DAYS)
+    hours = desk.days(MONTH_DAYS)
     everything = total(hours)
     used = [_own(desk, target, use, everything.calls, now) for target, use in by("target", hours).items()]
     shares: dict[str, float] = {}
@@ -86,7 +86,7 @@ def page(desk: Desk, query: Mapping[str, str]) -> Models:
         if own.facts:
             shares[own.facts.id] = shares.get(own.facts.id, 0.0) + own.share
     rules = parse_rules(desk.config.catalog.tiers)
-    tiers = tiers_over_time(desk.catalog, desk.hours(TIER_DAYS), rules, now, "week")
+    tiers = tiers_over_time(desk.catalog, desk.days(TIER_DAYS), rules, now, "week")
     sought, vendor, ending = query.get("q", "").strip(), query.get("vendor", ""), "ending" in query
     if sought in desk.catalog:  # a whole id is that model, not those whose ids go on after it
         matching = [m for m in desk.catalog if m.id == sought]

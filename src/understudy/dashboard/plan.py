@@ -68,7 +68,7 @@ class Plans:
         rank = rank if rank in KEYS else RANK_BY[0]
         plan = self._plan(desk, chosen, rank, "fresh" in query) if chosen else None
         alias = chosen.alias if chosen else ""
-        use = total([hour for hour in desk.hours(MONTH_DAYS) if hour.alias == alias])
+        use = total([hour for hour in desk.days(MONTH_DAYS) if hour.alias == alias])
         return PlanPage(desk.now(), list(bindings.values()), chosen, plan, use.calls - use.failed, rank)
 
     def _plan(self, desk: Desk, chosen: Binding, rank: Key, fresh: bool) -> Plan:

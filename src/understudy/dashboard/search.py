@@ -21,7 +21,8 @@ from understudy.traffic.shelf import Shelf
 PAGE = 50
 WINDOW = 10_000
 TEXT_WINDOW = 500
-_CHUNK = 100
+_CHUNK = 250
+"""Texts opened at once: fewer would unpack the bundles they share several times over."""
 
 Direction = Literal["older", "newer"]
 

@@ -19,6 +19,7 @@ from understudy.dashboard.desk import DAY_S, Binding, Desk, Use, by, total
 from understudy.traffic.hours import HOUR_S, Hour
 
 MONTH_DAYS = 30
+DAY_HOURS = 24
 JUDGEMENTS = 5_000
 """Latest pieces of feedback that are averaged."""
 
@@ -68,8 +69,7 @@ def page(desk: Desk, query: Mapping[str, str]) -> Today:
     """Read the page. Raises StoreError."""
     del query
     now = desk.now()
-    month = desk.hours(MONTH_DAYS)
-    day = [hour for hour in month if hour.hour * HOUR_S >= now - DAY_S]
+    month, day = desk.days(MONTH_DAYS), desk.hours(DAY_HOURS)
     bindings = desk.bindings()
     requested = dict.fromkeys((h.alias, h.target) for h in month)
     bound = bindings_of(desk.config, desk.store.routes(), requested)
@@ -130,10 +130,10 @@ def _spend_chart(hours: list[Hour], now: float) -> Markup:
 
 def _each(hours: list[Hour], span: int) -> dict[int, Use]:
     """Sums of every ``span`` hours."""
-    uses: dict[int, Use] = {}
+    spans: dict[int, list[Hour]] = {}
     for hour in hours:
-        uses[hour.hour // span] = uses.get(hour.hour // span, Use()).plus(hour)
-    return uses
+        spans.setdefault(hour.hour // span, []).append(hour)
+    return {number: total(of_span) for number, of_span in spans.items()}
 
 
 def _feedback(desk: Desk) -> list[Said]:

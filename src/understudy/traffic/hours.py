@@ -1,13 +1,13 @@
-"""Hourly sums of what each alias had from each target: read instead of a million calls.
+"""Hourly and daily sums of what each alias had from each target: read instead of a million calls.
 
-They are written in the transaction of the calls they count, so the two never differ. They ignore texts, tasks
-and single calls (store); an hour is counted from the Unix epoch, in UTC.
+They are written in the transaction of the calls they count, so they never differ from them. They ignore
+texts, tasks and single calls (store); an hour is counted from the Unix epoch, in UTC.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from understudy.traffic.rows import CALL_COLUMNS
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from understudy.traffic.database import Database
 
 HOUR_S = 3600
+DAY_H = 24
 
 
 class Hour(NamedTuple):
-    """What one alias had from one target in one hour."""
+    """What one alias had from one target in one hour, or in one day."""
 
     hour: int
-    """Hours since the Unix epoch."""
+    """Hours since the Unix epoch; of a day its first."""
     alias: str
     target: str
     calls: int
@@ -45,16 +46,9 @@ _PLACE = {name: place for place, name in enumerate(CALL_COLUMNS.split(", "))}
 
 def add(database: Database, calls: Sequence[Sequence[Any]]) -> None:
     """Count rows of ``calls`` (in the order of `CALL_COLUMNS`) just inserted, in the caller's transaction."""
-    sums: dict[tuple[int, str, str], Hour] = {}
-    for row in calls:
-        one = _hour(row)
-        sums[one[:3]] = _plus(sums[one[:3]], one) if one[:3] in sums else one
-    grown = ", ".join(f"{name} = hours.{name} + excluded.{name}" for name in Hour._fields[3:])
-    sql = (
-        f"INSERT INTO hours ({_COLUMNS}) VALUES ({', '.join('?' * len(Hour._fields))}) "  # noqa: S608 literals
-        f"ON CONFLICT (hour, alias, target) DO UPDATE SET {grown}"
-    )
-    database.many(sql, sorted(sums.values()))
+    sums = _sums(map(_hour, calls))
+    _grow(database, "hours", "hour", sums)
+    _grow(database, "days", "day", _sums(one._replace(hour=one.hour // DAY_H) for one in sums))
 
 
 def read(database: Database, since: float | None, until: float | None) -> list[Hour]:
@@ -63,6 +57,32 @@ def read(database: Database, since: float | None, until: float | None) -> list[H
     beyond = 2**53 if until is None else int(-(-until // HOUR_S))
     sql = f"SELECT {_COLUMNS} FROM hours WHERE hour >= ? AND hour < ? ORDER BY hour, alias, target"  # noqa: S608
     return [Hour(*row) for row in database.query(sql, (first, beyond))]
+
+
+def read_days(database: Database, since: float | None) -> list[Hour]:
+    """Days in order, from the one that holds ``since`` (Unix seconds) on; each is named by its first hour."""
+    first = 0 if since is None else int(since // HOUR_S) // DAY_H
+    columns = _COLUMNS.replace("hour", f"day * {DAY_H}", 1)
+    sql = f"SELECT {columns} FROM days WHERE day >= ? ORDER BY day, alias, target"  # noqa: S608 literals
+    return [Hour(*row) for row in database.query(sql, (first,))]
+
+
+def _sums(hours: Iterable[Hour]) -> list[Hour]:
+    """One for each hour (or day), alias and target."""
+    sums: dict[tuple[int, str, str], Hour] = {}
+    for one in hours:
+        sums[one[:3]] = _plus(sums[one[:3]], one) if one[:3] in sums else one
+    return sorted(sums.values())
+
+
+def _grow(database: Database, table: Literal["hours", "days"], period: str, sums: Sequence[Hour]) -> None:
+    columns, grown = _COLUMNS.replace("hour", period, 1), Hour._fields[3:]
+    sql = (
+        f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(Hour._fields))}) "  # noqa: S608 literals
+        f"ON CONFLICT ({period}, alias, target) DO UPDATE SET "
+        + ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in grown)
+    )
+    database.many(sql, sums)
 
 
 def _hour(row: Sequence[Any]) -> Hour:

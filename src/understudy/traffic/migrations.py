@@ -378,6 +378,38 @@ M024_ADD_PARAMETERS = Migration(
     ),
 )
 
+M025_CREATE_DAYS = Migration(
+    "m025_create_days",
+    (
+        # a month of a dozen aliases is 20,000 hours: pages that show days and weeks read these instead
+        """
+        CREATE TABLE days (
+            day INTEGER NOT NULL,
+            alias TEXT NOT NULL,
+            target TEXT NOT NULL,
+            calls INTEGER NOT NULL,
+            failed INTEGER NOT NULL,
+            priced INTEGER NOT NULL,
+            prompt_tokens REAL NOT NULL,
+            completion_tokens REAL NOT NULL,
+            cached_tokens REAL NOT NULL,
+            cost_usd REAL NOT NULL,
+            total_s REAL NOT NULL,
+            PRIMARY KEY (day, alias, target)
+        ) WITHOUT ROWID
+        """,
+        # dividing integers cuts towards zero in both; taking one off where there is a rest below it floors
+        """
+        INSERT INTO days
+        SELECT
+            hour / 24 - CASE WHEN hour / 24 * 24 > hour THEN 1 ELSE 0 END, alias, target, SUM(calls),
+            SUM(failed), SUM(priced), SUM(prompt_tokens), SUM(completion_tokens), SUM(cached_tokens), SUM(cost_usd),
+            SUM(total_s)
+        FROM hours GROUP BY 1, 2, 3
+        """,
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -404,6 +436,7 @@ HISTORY = (
     M022_CREATE_LOOKS,
     M023_CREATE_FINGERPRINTS,
     M024_ADD_PARAMETERS,
+    M025_CREATE_DAYS,
 )
 
 

@@ -431,6 +431,10 @@ class Store:
         """Calls, tokens, cost and failures per hour, alias and target, oldest first; whole hours (UTC)."""
         return hours.read(self._database, since, until)
 
+    def days(self, *, since: float | None = None) -> list[Hour]:
+        """The same per day (UTC), each named by its first hour."""
+        return hours.read_days(self._database, since)
+
     def counts(self) -> Counts:
         """Rows of the large tables."""
         tables = ("calls", "feedback", "attempts", "blobs")
