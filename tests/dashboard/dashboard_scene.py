@@ -1,8 +1,8 @@
 """A team's dashboard in full use, for tests and for people who look at the pages.
 
 Three months of traffic of seven aliases and models of every tier, a trial in every stage, an evaluation of
-every verdict, two own models. `python dashboard_scene.py FOLDER` builds it to be looked at with
-`understudy dashboard`; with `--shapes` it ignores nothing that a page can show.
+every verdict, two own models. `python dashboard_scene.py FOLDER` builds it, for `understudy dashboard` there
+to show. It ignores hostile data (test_dashboard_attacks) and large amounts (bench/dashboard.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import struct
 import sys
 import time
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -143,7 +145,7 @@ def fill(store: Store, now: float, hours: int = 700) -> list[Call]:
         "gpt-4o-mini": ("openai/gpt-4o-mini",),
     }  # fmt: skip
     names = [*targets, "assistant", "assistant", "summaries", "triage"]
-    records: list[Record] = [special for special in _specials(now)]
+    records: list[Record] = list(_specials(now))
     for number in range(hours):
         at = now - 60 - (number / hours) ** 1.6 * 90 * DAY_S
         alias = rng.choice(names)
@@ -183,9 +185,7 @@ def _plain(rng: random.Random, number: int, at: float, alias: str, targets: tupl
             }
         ),
         response=msgspec.json.encode(answer if status == 200 else error),
-        usage=Usage(prompt_tokens=rng.randint(90, 4000), completion_tokens=rng.randint(20, 600), cached_tokens=64)
-        if status == 200
-        else None,
+        usage=_usage(rng) if status == 200 else None,
         attempts=[
             Attempt(
                 target=target, status=status, billed="yes" if status == 200 else "no", started=at,
@@ -199,6 +199,11 @@ def _plain(rng: random.Random, number: int, at: float, alias: str, targets: tupl
         task_id=f"ticket-{48_200 - number // 3}" if rng.random() < 0.6 else "",
         tags={"team": rng.choice(("care", "growth")), "release": "2026.11"},
     )  # fmt: skip
+
+
+def _usage(rng: random.Random) -> Usage:
+    prompt, completion = rng.randint(90, 4000), rng.randint(20, 600)
+    return Usage(prompt_tokens=prompt, completion_tokens=completion, cached_tokens=64)
 
 
 def _specials(now: float) -> list[Call]:
@@ -393,9 +398,9 @@ def _exchange(rng: random.Random, number: int, alias: str) -> Exchange:
     )  # fmt: skip
 
 
-def _answering(name: str, share: float):  # noqa: ANN202 - what ScriptedModel takes
-    def answer(request: dict[str, object]) -> str:
-        text = str(request["messages"][-1]["content"])  # type: ignore[index]
+def _answering(name: str, share: float) -> Callable[[Mapping[str, Any]], str]:
+    def answer(request: Mapping[str, Any]) -> str:
+        text = str(request["messages"][-1]["content"])
         number = int(text.split(":")[0].split()[1])
         right = ("refund", "replace", "escalate")[(number - 48_000) % 3]
         return (

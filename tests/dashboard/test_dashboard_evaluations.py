@@ -69,6 +69,30 @@ async def test_a_certificate_is_listed_and_opened(browse: Browse, drill: Path) -
     assert whole.headers["Content-Security-Policy"].startswith("sandbox; default-src 'none'")
 
 
+async def test_guards_are_shown_in_their_units(browse: Browse, drill: Path) -> None:
+    path = drill / certificates.CERTIFICATE
+    made = msgspec.json.decode(path.read_bytes())
+    made["candidates"][0]["proof"]["guards"] = [
+        {
+            "name": "cost per completed task",
+            "unit": "usd",
+            "incumbent": 0.5,
+            "candidate": 1.25,
+            "worse": True,
+        },
+        {"name": "p95 latency", "unit": "seconds", "incumbent": 0.25, "candidate": 2.0, "worse": False},
+        {"name": "errors", "unit": "share", "incumbent": 0.01, "candidate": 0.02, "worse": False},
+    ]
+    path.write_bytes(msgspec.json.encode(made))
+    browser = await browse()
+    address = re.search(r'href="(/evaluations/[0-9a-f]+)"', (await browser.get("/evaluations")).text)
+    assert address
+    one = await browser.get(address[1])
+    assert one.status == 200
+    for shown in ("$0.50", "$1.25", "250 ms", "2.0 s", "1.0%", "2.0%"):
+        assert shown in one.text, shown
+
+
 async def test_a_broken_certificate_is_named(browse: Browse, tmp_path: Path) -> None:
     for name, text in (("a", "{}"), ("b", "[" * 100_000), ("c", "\xff")):
         (tmp_path / name).mkdir()

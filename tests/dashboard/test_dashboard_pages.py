@@ -6,17 +6,20 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, get_args
 
 import aiohttp
 import msgspec
 import pytest
 
 from understudy import config as configuration
-from understudy.config import Config
+from understudy.catalog.bindings import Level
+from understudy.config import Config, Rollout
+from understudy.dashboard import today
 from understudy.dashboard.server import start
 from understudy.errors import InputError, StoreError
 from understudy.protocol import Cost, Usage
+from understudy.rollout.trials import Order, begin
 from understudy.traffic.record import Attempt, Call, Feedback, new_key
 from understudy.traffic.store import Store
 
@@ -98,6 +101,28 @@ async def test_an_announced_end_is_counted_down(browse: Browse, config: Config) 
     assert "<b>40</b> days left" in text
     assert "answers <b>assistant</b>" in text
     assert 'href="/plan?alias=assistant"' in text
+
+
+def test_every_place_that_names_a_model_has_words() -> None:
+    assert set(today.ROLES) == set(get_args(Level))
+
+
+async def test_ends_of_models_on_trial_and_of_judges_are_shown(
+    browse: Browse, config: Config, store: Store
+) -> None:
+    config.path("facts.yaml").write_text(
+        "models:\n  local/student:\n    retires: 2031-01-01\n  local/judge:\n    retires: 2031-01-02\n"
+    )
+    dying = msgspec.structs.replace(
+        config,
+        catalog=configuration.Catalog(overlay="facts.yaml"),
+        evaluate=configuration.Evaluate(judge="local/judge"),
+    )
+    order, initial = Order("ada", "it retires"), config.aliases["assistant"]
+    begin(store, "assistant", "local/student", order, Rollout(), initial=initial)
+    text = (await (await browse(dying)).get("/")).text
+    assert "on trial for <b>assistant</b>" in text
+    assert "judge in <b>" in text
 
 
 async def test_one_call_shows_everything(browse: Browse, store: Store, make_call: MakeCall) -> None:

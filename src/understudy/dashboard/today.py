@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from understudy.catalog.bindings import bindings_of
+from understudy.catalog.bindings import Level, bindings_of
 from understudy.catalog.watch import Exposure, watch
 from understudy.dashboard import chart, formats
 from understudy.dashboard.chart import Bar
@@ -22,6 +22,21 @@ MONTH_DAYS = 30
 DAY_HOURS = 24
 JUDGEMENTS = 5_000
 """Latest pieces of feedback that are averaged."""
+
+
+ROLES: dict[Level, str] = {
+    "alias": "answers",
+    "weight": "answers a share of",
+    "fallback": "fallback of",
+    "trial": "on trial for",
+    "judge": "judge in",
+    "candidate": "candidate of",
+    "teacher": "teacher in",
+    "served": "served by",
+    "requested": "asked for as",
+    "answering": "answers behind",
+}
+"""What a model is to the place that names it."""
 
 
 class AliasRow(NamedTuple):
@@ -63,6 +78,7 @@ class Today(NamedTuple):
     feedback: list[Said]
     snapshot: dt.date
     stale_days: int
+    roles: dict[Level, str] = ROLES
 
 
 def page(desk: Desk, query: Mapping[str, str]) -> Today:

@@ -403,8 +403,8 @@ M025_CREATE_DAYS = Migration(
         INSERT INTO days
         SELECT
             hour / 24 - CASE WHEN hour / 24 * 24 > hour THEN 1 ELSE 0 END, alias, target, SUM(calls),
-            SUM(failed), SUM(priced), SUM(prompt_tokens), SUM(completion_tokens), SUM(cached_tokens), SUM(cost_usd),
-            SUM(total_s)
+            SUM(failed), SUM(priced), SUM(prompt_tokens), SUM(completion_tokens), SUM(cached_tokens),
+            SUM(cost_usd), SUM(total_s)
         FROM hours GROUP BY 1, 2, 3
         """,
     ),
