@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
@@ -181,7 +181,7 @@ def fill(folder: Path, calls: int) -> None:
 
 
 @contextmanager
-def dashboard(folder: Path) -> Iterator[tuple[str, int]]:
+def dashboard(folder: Path) -> Generator[tuple[str, int]]:
     """`understudy dashboard`; yields its address and its process."""
     command = [sys.executable, "-m", "understudy", "dashboard", "--json"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE)

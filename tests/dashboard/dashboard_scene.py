@@ -168,7 +168,7 @@ def _plain(rng: random.Random, number: int, at: float, alias: str, targets: tupl
     error = {"error": {"message": "Rate limit reached: 30,000 tokens per minute", "type": "tokens"}}
     took = rng.lognormvariate(0.1, 0.7)
     return Call(
-        key=f"{int(at * 1000):012x}70008{new_key()[-15:]}",
+        key=_key(at),
         at=at,
         route="chat.completions",
         alias=alias,
@@ -207,7 +207,21 @@ def _usage(rng: random.Random) -> Usage:
 
 
 def _specials(now: float) -> list[Call]:
-    """One with a picture and a tool, one that was refused twice, one recorded without its texts."""
+    """One with a picture and a tool, one that was refused, one recorded without its texts."""
+    rich = _rich(now - 42)
+    refused = msgspec.structs.replace(
+        rich, key=_key(now - 50), at=now - 50, status=429, stream=False, target="openai/gpt-4o", usage=None,
+        attempts=rich.attempts[:1], total_s=0.8, finish_reason="", answered_by="",
+        response=b'{"error": {"message": "You exceeded your current quota"}}',
+    )  # fmt: skip
+    silent = msgspec.structs.replace(
+        refused, key=_key(now - 55), at=now - 55, status=200, attempts=[], request=b"", response=b"",
+        ttft_s=0.7, total_s=2.2,
+    )  # fmt: skip
+    return [rich, refused, silent]
+
+
+def _rich(at: float) -> Call:
     messages = [
         {"role": "system", "content": "You read receipts. Amounts in EUR, dates as YYYY-MM-DD."},
         {"role": "user", "content": [
@@ -218,40 +232,33 @@ def _specials(now: float) -> list[Call]:
                 "name": "lookup_order", "arguments": '{"customer": "[name:51d0aa23]", "limit": 3}'}}]},
         {"role": "tool", "tool_call_id": "c1", "content": '{"orders": [{"id": "9f31c07a", "total": 38.2}]}'},
     ]  # fmt: skip
+    schema = {"type": "object", "properties": {"total": {"type": "number"}, "day": {"type": "string"}}}
     told = "38.20 EUR on 2026-11-21. It belongs to order **9f31c07a**."
     events = [{"choices": [{"delta": {"content": piece}}]} for piece in (told[:20], told[20:])]
-    stream = b"".join(b"data: %s\n\n" % msgspec.json.encode(event) for event in events)
     first = Attempt(
-        target="openai/gpt-4o", status=503, billed="no", started=now - 42, ended=now - 41.2,
+        target="openai/gpt-4o", status=503, billed="no", started=at, ended=at + 0.8,
         error="upstream overloaded",
     )  # fmt: skip
     second = Attempt(
-        target="anthropic/claude-sonnet-4-5", status=200, billed="yes", started=now - 41.2, ended=now - 38,
+        target="anthropic/claude-sonnet-4-5", status=200, billed="yes", started=at + 0.8, ended=at + 4,
         form="messages",
     )  # fmt: skip
-    plain = {"route": "chat.completions", "alias": "receipts", "caller": "us-3fa9", "task_id": "ticket-48211"}
-    rich = Call(
-        key=f"{int((now - 42) * 1000):012x}70008{new_key()[-15:]}", at=now - 42, status=200,
-        target="anthropic/claude-sonnet-4-5", stream=True, attempts=[first, second],
+    return Call(
+        key=_key(at), at=at, route="chat.completions", alias="receipts", status=200, stream=True,
+        target="anthropic/claude-sonnet-4-5", attempts=[first, second], caller="us-3fa9",
         request=msgspec.json.encode({
             "model": "receipts", "messages": messages, "stream": True, "temperature": 0,
-            "response_format": {"type": "json_schema", "json_schema": {"name": "receipt", "schema": {
-                "type": "object", "properties": {"total": {"type": "number"}, "day": {"type": "string"}}}}},
+            "response_format": {"type": "json_schema", "json_schema": {"name": "receipt", "schema": schema}},
         }),
-        response=stream, ttft_s=1.31, total_s=4.0, finish_reason="stop",
-        answered_by="claude-sonnet-4-5-20250929", tags={"team": "care", "release": "2026.11"},
-        usage=Usage(prompt_tokens=1840, completion_tokens=31, cached_tokens=1024), **plain,
+        response=b"".join(b"data: %s\n\n" % msgspec.json.encode(event) for event in events),
+        ttft_s=1.31, total_s=4.0, finish_reason="stop", answered_by="claude-sonnet-4-5-20250929",
+        task_id="ticket-48211", tags={"team": "care", "release": "2026.11"},
+        usage=Usage(prompt_tokens=1840, completion_tokens=31, cached_tokens=1024),
     )  # fmt: skip
-    refused = Call(
-        key=f"{int((now - 50) * 1000):012x}70008{new_key()[-15:]}", at=now - 50, status=429,
-        target="openai/gpt-4o", attempts=[first], request=rich.request, total_s=0.8,
-        response=b'{"error": {"message": "You exceeded your current quota"}}', **plain,
-    )  # fmt: skip
-    silent = Call(
-        key=f"{int((now - 55) * 1000):012x}70008{new_key()[-15:]}", at=now - 55, status=200,
-        target="openai/gpt-4o", attempts=[], request=b"", response=b"", total_s=2.2, **plain,
-    )  # fmt: skip
-    return [rich, refused, silent]
+
+
+def _key(at: float) -> str:
+    return f"{int(at * 1000):012x}70008{new_key()[-15:]}"
 
 
 def _price(call: Call) -> Cost | None:

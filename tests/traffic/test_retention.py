@@ -156,7 +156,8 @@ def test_everything_forgotten_leaves_nothing(store: Store, make_call: MakeCall) 
     assert store.sweep(limit=3) > 5
     assert store.counts() == EMPTY
     for table in ("digests", "lifts", "links", "released", "bundles"):
-        assert store._database.query(f"SELECT COUNT(*) FROM {table}")[0][0] == 0
+        rows = store._database.query(f"SELECT COUNT(*) FROM {table}")  # pyright: ignore[reportPrivateUsage] - what no caller may see
+        assert rows[0][0] == 0
     # and the store is as good as new
     store.insert(calls, "t", 1)
     assert texts(store) == {c.key: (c.request, c.response) for c in calls}
@@ -220,9 +221,10 @@ def test_a_text_named_by_calls_of_an_older_store_is_never_deleted(
         first = make_call(request=body("one", **tools))
         store.insert([first], "s", 1)
         # as the version before left it: nobody noted who names whom
+        database = store._database  # pyright: ignore[reportPrivateUsage] - what no caller may see
         for sql in (*UNDONE, "DROP TABLE lifts", "DROP TABLE released"):
-            store._database.execute(sql)
-        store._database.execute("DELETE FROM schema_history WHERE version > ?", (before,))
+            database.execute(sql)
+        database.execute("DELETE FROM schema_history WHERE version > ?", (before,))
     old = SqliteDatabase(path)
     migrate(old)
     with Store(old) as store:
