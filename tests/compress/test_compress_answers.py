@@ -15,7 +15,9 @@ from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from understudy.cli import compress as commands
+from understudy.cli.asking import vocabulary
+from understudy.cli.capture import capture as capture_command
+from understudy.cli.distil import distil as distil_command
 from understudy.compress import answers, healing
 from understudy.compress.align import Aligner, Piece, guesses, pairs_of, told_of
 from understudy.compress.answers import Hosted, Sampled
@@ -27,10 +29,6 @@ from understudy.endpoint import ScriptedModel
 from understudy.errors import EndpointError, InputError, ModelError
 
 NO = math.nan
-
-
-def vocabulary(tokenizer) -> list[bytes]:
-    return commands._vocabulary(tokenizer)
 
 
 # alignment
@@ -318,26 +316,26 @@ def student(tmp_path: Path, make, tokenizer) -> Path:
 
 
 def test_capture_then_distil_without_the_teacher(folder: Path, student: Path, data: Path, tmp_path: Path):
-    out = invoke(commands.capture, folder, "--out", tmp_path / "targets", "--data", data, "--json")
+    out = invoke(capture_command, folder, "--out", tmp_path / "targets", "--data", data, "--json")
     assert json.loads(out)["made"] == 1
-    out = invoke(commands.capture, folder, "--out", tmp_path / "targets", "--data", data)
+    out = invoke(capture_command, folder, "--out", tmp_path / "targets", "--data", data)
     assert "0 new and 1 old shards" in out
     healed = tmp_path / "healed"
     common = (student, "--out", healed, "--data", data, "--tokens", 1500, "--learning-rate", "1e-3")
-    curve = json.loads(invoke(commands.distil, folder, *common, "--targets", tmp_path / "targets", "--json"))
+    curve = json.loads(invoke(distil_command, folder, *common, "--targets", tmp_path / "targets", "--json"))
     assert curve["checks"][-1]["kl"] < curve["checks"][0]["kl"]
     assert (tmp_path / "healed.svg").read_text().startswith("<svg")
     with pytest.raises(ModelError, match="of another teacher"):
-        invoke(commands.distil, student, *common, "--targets", tmp_path / "targets")
+        invoke(distil_command, student, *common, "--targets", tmp_path / "targets")
     with pytest.raises(ModelError, match="of another teacher"):
-        invoke(commands.distil, tmp_path / "mistyped", *common, "--targets", tmp_path / "targets")
+        invoke(distil_command, tmp_path / "mistyped", *common, "--targets", tmp_path / "targets")
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(chat("is the dog on it", "no")))
     with pytest.raises(ModelError, match="1 of 1 are missing"):
-        invoke(commands.distil, folder, student, "--out", healed, "--data", other, "--held-out", 0,
+        invoke(distil_command, folder, student, "--out", healed, "--data", other, "--held-out", 0,
                "--targets", tmp_path / "targets")  # fmt: skip
     with pytest.raises(ModelError, match="nothing to resume"):
-        invoke(commands.distil, folder, *common, "--resume")
+        invoke(distil_command, folder, *common, "--resume")
 
 
 def test_another_tokenizer_goes_through_capture(make, letters, pairs_tokenizer, data: Path, tmp_path: Path):
@@ -357,11 +355,11 @@ def test_another_tokenizer_goes_through_capture(make, letters, pairs_tokenizer, 
         "3e-3",
     )
     with pytest.raises(ModelError, match="different tokenizers"):
-        invoke(commands.distil, teacher, *common)
+        invoke(distil_command, teacher, *common)
     targets = tmp_path / "targets"
-    invoke(commands.capture, teacher, "--student", student, "--out", targets, "--data", data)
+    invoke(capture_command, teacher, "--student", student, "--out", targets, "--data", data)
     assert CachedTeacher(Targets(targets)).targets.origin.samples == 0
-    curve = json.loads(invoke(commands.distil, teacher, *common, "--targets", targets, "--json"))
+    curve = json.loads(invoke(distil_command, teacher, *common, "--targets", targets, "--json"))
     assert curve["checks"][-1]["kl"] < curve["checks"][0]["kl"]
 
 
@@ -401,28 +399,28 @@ async def test_hosted_teachers_by_the_commands(vendor, student: Path, data: Path
     training = ("--tokens", 1500, "--learning-rate", "3e-3", "--json", "--config", config)
     # texts alone: the cost is said first, and saying nothing asks for nothing
     generate = ("recorded", student, "--out", tmp_path / "one", "--generate", "vendor/large", *common)
-    said = await in_thread(commands.distil, *generate, fails=True)
+    said = await in_thread(distil_command, *generate, fails=True)
     assert "40 answers to ask for (0 of 40 are cached)" in said.stderr
     assert vendor.calls == []
-    out = await in_thread(commands.distil, *generate, "--yes", *training)
+    out = await in_thread(distil_command, *generate, "--yes", *training)
     curve = json.loads(out.stdout)
     assert curve["checks"][-1]["kl"] < curve["checks"][0]["kl"]
     assert len(vendor.calls) == 40
-    out = await in_thread(commands.distil, *generate, *training)
+    out = await in_thread(distil_command, *generate, *training)
     assert "0 answers to ask for (40 of 40 are cached)" in out.stderr
     assert len(vendor.calls) == 40
     # with log-probabilities
     targets = tmp_path / "targets"
     hosted = ("vendor/large", "--student", student, "--out", targets)
-    await in_thread(commands.capture, *hosted, "--yes", *common)
+    await in_thread(capture_command, *hosted, "--yes", *common)
     assert vendor.calls[-1]["top_logprobs"] == 20
     out = await in_thread(
-        commands.distil, "", student, "--out", tmp_path / "two", "--targets", targets, *training
+        distil_command, "", student, "--out", tmp_path / "two", "--targets", targets, *training
     )
     curve = json.loads(out.stdout)
     assert curve["checks"][-1]["kl"] < curve["checks"][0]["kl"]
     with pytest.raises(InputError, match="--student"):
-        await in_thread(commands.capture, "vendor/large", "--out", targets, *common)
+        await in_thread(capture_command, "vendor/large", "--out", targets, *common)
 
 
 def test_recorded_answers_are_harvested_from_traffic(student: Path, chats, tmp_path: Path):
@@ -453,7 +451,7 @@ def test_recorded_answers_are_harvested_from_traffic(student: Path, chats, tmp_p
     with open_store("sqlite:///understudy.db", tmp_path) as store:
         store.insert([*calls, *said], "s", 1)
     out = run(
-        commands.distil,
+        distil_command,
         "recorded",
         student,
         "--out",

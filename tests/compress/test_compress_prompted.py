@@ -13,7 +13,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from click.testing import CliRunner, Result
 
-from understudy.cli import compress as commands
+from understudy.cli.capture import capture as capture_command
+from understudy.cli.distil import distil as distil_command
 from understudy.compress.corpus import Document
 from understudy.compress.prompted import LIKELIEST, TOP, Prompted
 from understudy.compress.targets import sparse
@@ -163,19 +164,19 @@ async def test_distil_by_an_endpoint_of_the_config(vllm, make, tokenizer, chats,
     config.write_text(f'[endpoints.cluster]\nbase_url = "{vllm.url}"\n')
     common = ("--data", data, "--config", config)
     heal = ("cluster/large", student, "--out", tmp_path / "healed", "--tokens", 1500, *common)
-    said = await asyncio.to_thread(run, commands.distil, *heal, fails=True)
+    said = await asyncio.to_thread(run, distil_command, *heal, fails=True)
     assert "cluster/large is asked of 40 texts" in said.stderr
     assert vllm.asked == []
     rate = ("--learning-rate", "3e-3", "--json", "--yes")
-    curve = json.loads((await asyncio.to_thread(run, commands.distil, *heal, *rate)).stdout)
+    curve = json.loads((await asyncio.to_thread(run, distil_command, *heal, *rate)).stdout)
     assert curve["checks"][-1]["kl"] < 0.9 * curve["checks"][0]["kl"]
     paid = len(vllm.asked)
     assert 0 < paid <= 40
     again = ("cluster/large", student, "--out", tmp_path / "healed", "--tokens", 1500, *common, *rate)
-    await asyncio.to_thread(run, commands.distil, *again)
+    await asyncio.to_thread(run, distil_command, *again)
     assert len(vllm.asked) == paid
     captured = ("cluster/large", "--as-they-are", "--out", tmp_path / "healed.targets", *common, "--json")
-    kept = await asyncio.to_thread(run, commands.capture, *captured, "--student", student)
+    kept = await asyncio.to_thread(run, capture_command, *captured, "--student", student)
     assert json.loads(kept.stdout)["made"] == 0
     with pytest.raises(InputError, match="no tokens of its own"):
-        await asyncio.to_thread(run, commands.capture, *captured)
+        await asyncio.to_thread(run, capture_command, *captured)

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
 from understudy.cli import compress as commands
+from understudy.cli.distil import distil as distil_command
 from understudy.compress import plan as plans
 from understudy.compress import recipe
 from understudy.compress.corpus import encode_chat
@@ -214,7 +215,7 @@ def test_prune_then_distil_then_fidelity(folder: Path, data: Path, tmp_path: Pat
     assert json.loads(out)["student"]["ffn"] == 8
     assert json.loads((tmp_path / "pruned.plan.json").read_text()) == json.loads(out)
     code, out = run(
-        commands.distil, folder, pruned, "--out", healed, "--tokens", 800, "--data", data, "--json",
+        distil_command, folder, pruned, "--out", healed, "--tokens", 800, "--data", data, "--json",
         "--learning-rate", "1e-3",
     )  # fmt: skip
     assert code == 0
