@@ -23,9 +23,11 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from understudy.compress import checkpoint, distill
+from understudy.compress import checkpoint, distill, onpolicy
 from understudy.compress import plan as plans
+from understudy.compress.beginnings import distinct_tokens
 from understudy.compress.capture import Live, capture, sampled
 from understudy.compress.corpus import Document, encode_chat, shuffled, take
 from understudy.compress.curve import save_plot
@@ -261,40 +263,112 @@ def texts(tokenizer: Any) -> list[Document]:
     return shuffled([encode_chat(tokenizer, chat) for chat in chats()], 0)
 
 
+def requests(tokenizer: Any, each: int) -> list[Document]:
+    """The demo's application: five tasks, each with its instruction and examples before every question."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
+    from workload import TASKS
+
+    chats: list[Any] = [
+        [
+            *(m | {"weight": 0} if m["role"] == "assistant" else m for m in item.messages),
+            {"role": "assistant", "content": item.expected[0]},
+        ]
+        for task in TASKS
+        for item in task.items(each)
+    ]
+    return shuffled([encode_chat(tokenizer, chat) for chat in chats], 0)
+
+
 def one_step_run(name: str, folder: Path, tokens: int) -> dict[str, Any]:
-    """Tokens a CPU-second and peak memory of one way to train, on the same chats in the same order."""
+    """Chat tokens a CPU-second and peak memory of one way to train, and how much of it is matrix products."""
+    way, kind = name.split("@")
     student = checkpoint.load(folder / "student")
-    documents = take(texts(student.tokenizer), tokens, 1)
-    teacher = checkpoint.load(folder / "teacher").model if name != "sft" else None
-    reset_peak()
-    started = cpu_s()
-    if name.startswith("ours"):
-        count = _heal(student.model, teacher, documents, folder, tokens, name)
-    else:
-        count = _padded(student.model, teacher, documents, tokens)
-    return {"speed": count / (cpu_s() - started), "peak": peak_mib(), "tokens": count}
-
-
-def _heal(student: Any, teacher: Any, documents: list[Document], folder: Path, tokens: int, name: str) -> int:
-    settings = distill.Settings(
-        tokens=tokens, checks=1, precision="fp32", states="bf16" if name.endswith("bf16") else "fp32"
+    documents = (
+        take(texts(student.tokenizer), tokens, 1)
+        if kind == "plain"
+        else requests(student.tokenizer, REQUESTS)
     )
+    who: Any = None
+    if way == "ours-cached":
+        who = _captured(documents, folder)
+    elif way != "sft":
+        who = checkpoint.load(folder / "teacher").model
+    reset_peak()
+    with FlopCounterMode(display=False) as flops:
+        started = cpu_s()
+        if way.startswith("ours"):
+            count = _heal(student.model, who, documents, folder, way)
+        else:
+            count = _padded(student, who, documents, tokens, sampling=way == "gkd-default")
+        spent = cpu_s() - started
+    peak, done = peak_mib(), flops.get_total_flops()
+    return {
+        "speed": count / spent,
+        "peak": peak,
+        "tokens": count,
+        "gflop": done / count / 1e9,
+        "products": done / products_per_s() / spent,
+    }
+
+
+def products_per_s() -> float:
+    """Floating-point operations a CPU-second of a product of a layer's size, here and now."""
+    left, right = torch.ones(512, 576), torch.ones(576, 1536)
+    torch.mm(left, right)
+    started = cpu_s()
+    while cpu_s() - started < 1:
+        for _ in range(20):
+            torch.mm(left, right)
+    count = 0
+    started = cpu_s()
+    while cpu_s() - started < 1:
+        for _ in range(20):
+            torch.mm(left, right)
+        count += 20
+    return count * 2 * 512 * 576 * 1536 / (cpu_s() - started)
+
+
+def _captured(documents: list[Document], folder: Path) -> CachedTeacher:
+    """What a teacher said, written down beforehand; the teacher itself is gone when training begins."""
+    origin = Origin(teacher="", tokenizer="", template="", vocab=VOCAB, row_tokens=512)
+    where = Path(tempfile.mkdtemp(dir=folder))
+    teacher = LiveTeacher(checkpoint.load(folder / "teacher").model, 0)
+    capture(Live(teacher, origin).told, documents, where, origin)
+    return CachedTeacher(Targets(where))
+
+
+def _heal(student: Any, teacher: Any, documents: list[Document], folder: Path, way: str) -> int:
+    """One epoch. A beginning that many chats share is read once, and counted with each of them."""
+    chat_tokens, distinct = sum(len(d.tokens) for d in documents), sum(distinct_tokens(documents))
+    settings = distill.Settings(
+        tokens=distinct, checks=1, precision="fp32", states="bf16" if way.endswith("bf16") else "fp32"
+    )
+    if way == "ours-cached":
+        settings = msgspec.structs.replace(settings, row_tokens=512)
+    else:
+        teacher = LiveTeacher(teacher, 0)
     with tempfile.TemporaryDirectory(dir=folder) as state:
-        corpus = distill.Corpus(documents, [])
-        curve = distill.heal(student, LiveTeacher(teacher, 0), corpus, settings, Path(state))
-    return curve.points[-1].tokens
+        curve = distill.heal(student, teacher, distill.Corpus(documents, []), settings, Path(state))
+    return round(curve.points[-1].tokens * chat_tokens / distinct)
 
 
-def _padded(student: Any, teacher: Any, documents: list[Document], tokens: int) -> int:
-    """As a trainer with padded batches does it: whole logits, every parameter trained, AdamW."""
+def _padded(loaded: Any, teacher: Any, documents: list[Document], tokens: int, *, sampling: bool) -> int:
+    """As a trainer with padded batches does it: whole logits, every parameter trained, AdamW.
+
+    ``sampling``: half of the batches are answered anew by the student first (GKDConfig's lmbda = 0.5 and
+    max_new_tokens = 128).
+    """
+    student = loaded.model
     optimiser = torch.optim.AdamW(student.parameters(), lr=3e-5, fused=True)
     student.train()
     done = 0
-    for start in range(0, len(documents), 4):
-        part = documents[start : start + 4]
-        length = max(len(d.tokens) for d in part)
-        ids = torch.tensor([d.tokens + [0] * (length - len(d.tokens)) for d in part])
-        real = torch.tensor([[i < len(d.tokens) for i in range(length)] for d in part])
+    for number, start in enumerate(range(0, len(documents), 4)):
+        rows = [d.tokens for d in documents[start : start + 4]]
+        if sampling and number % 2:
+            rows = _sampled(student, documents[start : start + 4], loaded.tokenizer.eos_token_id)
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        real = torch.tensor([[i < len(row) for i in range(length)] for row in rows])
         logits = student(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1]
         valid = real[:, 1:]
         if teacher is None:
@@ -312,23 +386,58 @@ def _padded(student: Any, teacher: Any, documents: list[Document], tokens: int) 
     return done
 
 
+@torch.no_grad()
+def _sampled(student: Any, documents: list[Document], end: int) -> list[list[int]]:
+    """Prompts with answers the student samples, in one batch padded on the left."""
+    prompts = onpolicy.prompts_of(documents, 10**6)
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(p)) + p for p in prompts])
+    seen = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    out = student.generate(
+        input_ids=ids, attention_mask=seen, do_sample=True, top_k=0, max_new_tokens=128,
+        eos_token_id=end, pad_token_id=0,
+    )  # fmt: skip
+    answers = [row[length:].tolist() for row in out]
+    cut = [a[: a.index(end) + 1] if end in a else a for a in answers]
+    return [prompt + answer for prompt, answer in zip(prompts, cut, strict=True)]
+
+
+REQUESTS = 40
+"""Of each of the application's five tasks."""
 STEPS = {
-    "gkd": "TRL GKD's loop: padded batches of 4, whole logits of both, fp32",
+    "gkd": "TRL GKD's loop on given answers (lmbda = 0): padded batches of 4, whole logits of both, fp32",
+    "gkd-default": "the same as TRL ships it (lmbda = 0.5): half of the batches sampled first, ≤ 128 tokens",
     "sft": "plain supervised fine-tuning: the same without a teacher",
     "ours": "ours, live teacher, nothing remembered",
     "ours-bf16": "ours, optimiser states in bf16",
+    "ours-cached": "ours on targets captured beforehand",
+}
+KINDS = {
+    "plain": "chats that share nothing (BoolQ)",
+    "app": "the demo's application: five tasks, instruction and examples before every question",
 }
 
 
 def part_end(folder: Path, only: str, tokens: int) -> None:
     prepare(folder)
-    print(f"Whole steps: SmolLM2-135M 30 → 24 layers, {tokens:,} tokens of chats, the same ones.\n")
-    print("| way | tokens per CPU-second | peak resident, MiB |")
-    print("| --- | --- | --- |")
-    for name, title in STEPS.items():
-        if only in name:
-            found = child("end", name, folder, tokens)
-            print(f"| {title} | {found['speed']:.1f} | {found['peak']:,.0f} |", flush=True)
+    print(
+        "Whole steps: SmolLM2-135M 30 → 24 layers. A token of a chat counts whether or not its beginning is"
+    )
+    print(
+        "shared with other chats; `products` is the share of CPU time that its matrix products would take at"
+    )
+    print("the speed of one large product in the same process.\n")
+    print("| chats | way | chat tokens per CPU-s | GFLOP a chat token | products | peak resident, MiB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for kind, chats_of in KINDS.items():
+        for name, title in STEPS.items():
+            if only in f"{name}@{kind}":
+                found = child("end", f"{name}@{kind}", folder, tokens)
+                print(
+                    f"| {chats_of} | {title} | {found['speed']:.1f} | {found['gflop']:.2f} | "
+                    f"{found['products']:.0%} | {found['peak']:,.0f} |",
+                    flush=True,
+                )
     print()
 
 

@@ -192,8 +192,8 @@ class Own(Section, frozen=True, kw_only=True):
     """Tokens of training; the cost of healing."""
     minutes: float = 0.0
     """Stop healing after so many minutes (0: no limit); the best checkpoint is kept."""
-    learning_rate: float = 3e-5
-    """Peak learning rate."""
+    learning_rate: float = 0.0
+    """Peak learning rate; 0 takes it from how far the pruned student is from its teacher."""
     baseline: str = ""
     """The best model of the student's size off the shelf, named as `teacher` is; the report compares them."""
     answers: Literal["recorded", "right"] = "recorded"

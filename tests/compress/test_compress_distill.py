@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from understudy.compress import distill
 from understudy.compress import plan as plans
 from understudy.compress.corpus import Document, batches, pack
+from understudy.compress.curve import Check, Curve
 from understudy.compress.decoder import extras_of, shape_of
 from understudy.compress.distill import Corpus, Settings, heal
 from understudy.compress.fidelity import fidelity
@@ -163,6 +165,43 @@ def test_early_stop_keeps_the_best_weights(pair, corpus, tmp_path: Path):
     rows = pack(corpus.held_out, 64)
     with_best = fidelity(teacher, student, list(batches(rows, 128)), precision="fp32")
     assert with_best.kl == pytest.approx(best.kl, rel=2e-2)
+
+
+def test_healing_hands_out_nothing_worse_than_it_began_with(pair, corpus, tmp_path: Path):
+    """A rate that only harms: the student comes back as it was, and the run says so."""
+    teacher, student = pair
+    before = copy.deepcopy(student)
+    settings = msgspec.structs.replace(SETTINGS, learning_rate=1.0, tokens=1000)
+    curve = heal(student, LiveTeacher(teacher), corpus, settings, tmp_path)
+    assert min(check.kl for check in curve.checks[1:]) > curve.checks[0].kl
+    assert "healing brought nothing" in curve.notes[-1]
+    for one, two in zip(student.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+def checked(*found: tuple[float, float]) -> Curve:
+    """A curve of (KL, loss) at its checks."""
+    return Curve(
+        checks=[
+            Check(step=i, tokens=10 * i, kl=kl, answer_kl=kl, answer_nll=1.0, loss=loss)
+            for i, (kl, loss) in enumerate(found)
+        ]
+    )
+
+
+def test_a_better_loss_does_not_pay_for_a_greater_distance():
+    """Right answers are learnt by cross-entropy: less of it, farther from the teacher, is not handed out."""
+    curve = checked((0.10, 0.5), (0.09, 0.4), (0.20, 0.1))
+    assert curve.best == 1
+    assert "after 10 tokens are kept: KL 0.1000 → 0.0900" in curve.handed_out
+    assert checked((0.10, 0.5), (0.09, 0.6)).best == 0
+    assert checked((math.nan, math.nan)).best == 0
+
+
+def test_a_detour_after_the_start_is_not_a_reason_to_stop():
+    assert checked((0.10, 0.1), (0.20, 0.2), (0.15, 0.15), (0.12, 0.12)).since_best == 0
+    assert checked((0.10, 0.1), (0.05, 0.05), (0.06, 0.06), (0.07, 0.07)).since_best == 2
+    assert checked((0.10, 0.1)).since_best == 0
 
 
 def test_minutes_end_the_run(pair, corpus, tmp_path: Path):

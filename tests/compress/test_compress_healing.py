@@ -15,11 +15,12 @@ import msgspec
 import pytest
 import torch
 
-from understudy.compress import distill, lowrank, onpolicy, optimiser
+from understudy.compress import lowrank, onpolicy, optimiser
 from understudy.compress.corpus import Document, collate, pack
 from understudy.compress.curve import Check, Curve, Point, plot, save_plot
 from understudy.compress.distill import Corpus, Settings, heal
 from understudy.compress.matching import Matching, depths, states_behind
+from understudy.compress.order import Order
 from understudy.compress.processes import Alone
 from understudy.compress.teacher import LiveTeacher, RecordedTeacher
 from understudy.errors import InputError, ModelError
@@ -330,13 +331,13 @@ def test_a_black_box_is_cross_entropy_on_its_answers(make, corpus, tmp_path: Pat
 
 
 def test_generic_texts_join_by_their_ratio():
-    order = distill._Order(own=7, generic=20, per_step=8, settings=Settings(generic=0.25))
+    order = Order(own=7, generic=20, per_step=8, share=0.25, seed=0)
     steps = [order.step(n) for n in range(14)]
     assert all(sum(i >= 7 for i in step) == 2 for step in steps)
     assert sorted({i for step in steps for i in step}) == list(range(27))
     every = sorted(i for step in steps[:7] for i in step if i < 7)
     assert every == sorted(list(range(7)) * 6)  # 42 places: six whole epochs
-    assert distill._Order(3, 0, 2, Settings(generic=0.5)).step(0)[0] < 3
+    assert Order(3, 0, 2, 0.5, 0).step(0)[0] < 3
 
 
 def test_generic_texts_are_part_of_the_run(make, corpus, tmp_path: Path):

@@ -191,6 +191,28 @@ def test_gradients_near_float64(precision, limit):
         assert float((found.double() - grad).norm() / grad.norm()) < limit
 
 
+def test_states_and_head_in_bf16_are_multiplied_exactly():
+    """Logits rounded to bf16 would be wrong by percents: only the gradients handed out are rounded."""
+    torch.manual_seed(0)
+    given = torch.randn(64, 96), torch.randn(500, 96), torch.randn(64, 96)
+    hidden, head, states = (x.bfloat16() for x in given)
+    ones = torch.zeros(64, dtype=torch.int64), torch.ones(64), torch.full((64,), 0.1)
+    exact = [x.double().requires_grad_() for x in (hidden, head)]
+    p = Problem(*exact, Rows(Dense(states.double(), Head(head.double())), *ones))
+    wanted = torch.autograd.grad(dense(p, Options(), 64), exact)
+    near = [x.clone().requires_grad_() for x in (hidden, head)]
+    rows = Rows(Dense(states, Head(head)), *ones)
+    loss = distillation_loss(*near, rows, normaliser=64, options=Options(chunk=24)).total
+    for found, grad in zip(torch.autograd.grad(loss, near), wanted, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert float((found.double() - grad).norm() / grad.norm()) < 5e-3
+    divergence = kl_rows(rows.signal, Side(hidden, Head(head)), chunk=24)
+    only = p._replace(rows=p.rows._replace(ce=torch.zeros(64)))
+    torch.testing.assert_close(
+        divergence.double().sum(), dense(only, Options(), 1.0).detach(), rtol=1e-5, atol=0
+    )
+
+
 def test_kl_of_rows_without_gradients():
     p = problem()
     side = Side(p.hidden, Head(p.head, 2.0))

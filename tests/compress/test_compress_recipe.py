@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from understudy.cli import compress as commands
 from understudy.cli.distil import distil as distil_command
+from understudy.compress import checkpoint, recipe
 from understudy.compress import plan as plans
-from understudy.compress import recipe
 from understudy.compress.corpus import encode_chat
 from understudy.compress.decoder import Shape
 from understudy.compress.plan import LayerPlan
+from understudy.compress.progress import silent
 from understudy.compress.recipe import OwnJob, OwnReport, own
 from understudy.config import Own
 from understudy.errors import InputError, ModelError
@@ -37,6 +38,7 @@ def test_own_makes_a_student(job):
     report = own(job, lambda step, *_: steps.append(step))
     assert list(dict.fromkeys(steps)) == ["load", "shape", "prune", "fidelity", "heal", "baseline"]
     assert report.after.kl < report.before.kl
+    assert "tokens are kept: KL" in report.notes[-1]
     assert 0 < report.gap_closed < 1
     assert report.parameters_after < report.parameters_before
     assert len(report.plan.layers) == 2
@@ -116,7 +118,7 @@ def test_a_large_cut_is_made_in_steps(job):
     assert report.plan.removed > 0.5
     kept = [layer.channels for layer in report.plan.layers]
     assert all(len(channels) == 1 and 0 <= channels[0] < 24 for channels in kept)
-    assert report.after.kl < report.before.kl
+    assert report.after.kl < report.before.kl + report.before.kl_se  # a few words decide, and others prove
     assert not list(job.out.glob("step-*"))
     whole = own(large._replace(out=job.out.with_name("whole")))
     assert whole.after == report.after
@@ -181,6 +183,38 @@ def test_too_little_text(job):
 def test_calibration_text_joins_in(job):
     report = own(job._replace(calibration_text=["the cat sat on the mat because it is warm " * 5]))
     assert report.training_hash != own(job._replace(out=job.out.with_name("plain"))).training_hash
+
+
+def test_what_chooses_the_weights_was_seen_by_nobody(job):
+    """Calibration brings a student near its teacher on what it read: a check there finds only harm."""
+    steps = recipe._Steps(
+        job._replace(settings=msgspec.structs.replace(SETTINGS, calibration_tokens=10**6)), silent
+    )
+    steps.loaded = checkpoint.load(job.teacher)
+    texts = steps._texts()
+    checked = {tuple(d.tokens) for d in texts.checked}
+    assert checked
+    assert not checked & {tuple(d.tokens) for d in (*texts.calibration, *texts.train)}
+    assert len(texts.calibration) == len(texts.train)
+
+
+def test_generic_texts_join_the_healing_by_their_share(folder: Path, data: Path, tmp_path: Path):
+    """`own --generic`: the same job without it, or with another share, is another job."""
+    generic = tmp_path / "generic.txt"
+    generic.write_text("the dog ran home\n\nit is cold and it rains today\n\nthe cat sat on the mat\n")
+    config = tmp_path / "understudy.toml"
+    config.write_text(
+        f'[own]\nteacher = "{folder}"\nffn = 8\ncalibration_tokens = 200\n'
+        "distil_tokens = 600\nlearning_rate = 1e-3\n"
+    )
+    common = ("--out", tmp_path / "own", "--data", data, "--config", config, "--json")
+    found = [
+        json.loads(run(commands.own, *common, *more)[1])
+        for more in ((), ("--generic", generic), ("--generic", generic, "--generic-share", 0.5))
+    ]
+    assert found[0]["calibration_hash"] == found[1]["calibration_hash"]
+    losses = [[point["loss"] for point in one["points"]] for one in found]
+    assert losses[0] != losses[1] != losses[2]
 
 
 def test_an_unreachable_budget_leaves_no_checkpoint(job):

@@ -10,7 +10,17 @@ import click
 
 from understudy.cli.bars import bars
 from understudy.cli.options import config_option, json_option, print_json
-from understudy.cli.texts import FILE, OUT, config_at, read, split_chats, text_options, texts_of
+from understudy.cli.texts import (
+    FILE,
+    OUT,
+    Parts,
+    config_at,
+    parts_of,
+    read,
+    split_chats,
+    text_options,
+    texts_of,
+)
 from understudy.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,6 +122,8 @@ def prune(
 @click.option("--tokens", default=None, type=int, help="Tokens of healing.")
 @click.option("--minutes", default=None, type=float, help="Stop healing after so many minutes.")
 @click.option("--baseline", default=None, help="Best model of that size off the shelf, to compare with.")
+@click.option("--generic", type=FILE, default=None, help="Texts of nobody's traffic, mixed in.")
+@click.option("--generic-share", default=0.25, show_default=True, help="Their share of every step.")
 @text_options
 @json_option
 def own(
@@ -121,6 +133,8 @@ def own(
     tokens: int | None,
     minutes: float | None,
     baseline: str | None,
+    generic: Path | None,
+    generic_share: float,
     data: str,
     alias: str | None,
     config_path: Path,
@@ -133,6 +147,7 @@ def own(
     given = {"teacher": teacher, "params": params, "distil_tokens": tokens, "minutes": minutes}
     settings = _settings(config, given | {"baseline": baseline})
     train, held_out = split_chats(data, alias, config)
+    mixed = parts_of(generic) if generic else Parts([], [])
     job = recipe.OwnJob(
         teacher=settings.teacher,
         train=train,
@@ -140,6 +155,9 @@ def own(
         out=out,
         settings=settings,
         seed=config.evaluate.seed,
+        generic=mixed.chats,
+        generic_text=mixed.texts,
+        generic_share=generic_share,
         root=Path() if teacher else Path(config.root),
     )
     with bars() as progress:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=OUT, required=True, help="Folder of the healed checkpoint; its plot is OUT.svg.")
 @click.option("--tokens", default=200_000, show_default=True, help="Tokens of training.")
 @click.option("--minutes", default=0.0, help="Stop after so many minutes (0: no limit).")
-@click.option("--learning-rate", default=3e-5, show_default=True, help="Peak learning rate.")
+@click.option("--learning-rate", default=0.0, help="Peak learning rate (0: by the student's distance).")
 @click.option("--held-out", default=0.1, show_default=True, help="Share of texts only measured on.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--targets", type=OUT, default=None, help="Folder of `capture`: no teacher is loaded.")

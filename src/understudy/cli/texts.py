@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import click
 
@@ -62,12 +62,26 @@ def texts_of(
     return documents
 
 
+class Parts(NamedTuple):
+    """What a file holds: one of both is empty."""
+
+    chats: list[Chat]
+    texts: list[str]
+
+
+def parts_of(path: Path) -> Parts:
+    """Chats of a JSONL file, paragraphs of any other."""
+    if path.suffix == ".jsonl":
+        return Parts(chats_of(path), [])
+    return Parts([], [text for text in _text_of(path).split("\n\n") if text.strip()])
+
+
 def read(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+    """A file's chats or paragraphs as tokens."""
     from understudy.compress.corpus import encode_chat, encode_text
 
-    if path.suffix == ".jsonl":
-        return [encode_chat(tokenizer, chat) for chat in chats_of(path)]
-    return [encode_text(tokenizer, text) for text in _text_of(path).split("\n\n") if text.strip()]
+    chats, texts = parts_of(path)
+    return [encode_chat(tokenizer, chat) for chat in chats] + [encode_text(tokenizer, t) for t in texts]
 
 
 def encoded(chats: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[Document]:

@@ -58,6 +58,36 @@ class Curve(msgspec.Struct, kw_only=True):
     notes: list[str] = []
     """What a person should know of the run."""
 
+    @property
+    def best(self) -> int:
+        """Which check's weights are handed out: the least loss among those no farther from the teacher than
+        the run began. The one before training is among them, so healing hands out nothing worse."""
+        start = self.checks[0].kl
+        near = [0, *(i for i, check in enumerate(self.checks) if check.kl <= start)]
+        return min(near, key=lambda i: self.checks[i].loss)
+
+    @property
+    def since_best(self) -> int:
+        """Checks since the least loss in training. The start is left out: a warm-up may well pass it again
+        later, when the rate has fallen."""
+        trained = [check.loss for check in self.checks[1:]]
+        return len(trained) - 1 - trained.index(min(trained)) if trained else 0
+
+    @property
+    def handed_out(self) -> str:
+        """Which weights they are, in a sentence."""
+        first, kept = self.checks[0], self.checks[self.best]
+        if kept is first:
+            tried = min((check.kl for check in self.checks[1:]), default=first.kl)
+            return (
+                f"healing brought nothing: the student stays as it began, KL {first.kl:.4f} on texts set "
+                f"aside, {tried:.4f} at best afterwards; more tokens or another rate may"
+            )
+        return (
+            f"the weights after {kept.tokens:,} tokens are kept: KL {first.kl:.4f} → {kept.kl:.4f} on texts "
+            "set aside"
+        )
+
 
 WIDTH, HEIGHT = 720, 420
 LEFT, RIGHT, TOP, BOTTOM = 70, 20, 56, 52

@@ -13,7 +13,7 @@ import math
 import signal as signals
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,14 +28,13 @@ from understudy.compress import state as states
 from understudy.compress.corpus import (
     Batch,
     Document,
-    Row,
     collate,
     fingerprint,
     pack,
     shared_length,
     shuffled,
 )
-from understudy.compress.curve import Check, Curve, Point
+from understudy.compress.curve import Curve, Point
 from understudy.compress.decoder import (
     head_weight,
     may_share,
@@ -44,12 +43,13 @@ from understudy.compress.decoder import (
     softcap_of,
     vocabulary_weights,
 )
-from understudy.compress.fidelity import final_hidden, side_of
-from understudy.compress.losses import Divergence, Options, Rows, Side, distillation_loss, kl_rows, nll_rows
+from understudy.compress.held_out import HeldOut
+from understudy.compress.losses import Divergence, Options, Rows, distillation_loss
 from understudy.compress.matching import Matching, depths, states_behind
+from understudy.compress.order import Order
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.processes import Processes, is_sharded, processes
-from understudy.compress.progress import Progress, silent
+from understudy.compress.progress import Progress, TokenSpeed, silent
 from understudy.compress.signal import Dense, Signal
 from understudy.compress.teacher import LiveTeacher, Teacher
 from understudy.errors import InputError, ModelError
@@ -59,6 +59,10 @@ if TYPE_CHECKING:
 
 Stage = Literal["heal", "adapt", "on-policy"]
 BEST = "best.safetensors"
+RATE = 1.2e-4
+"""Peak rate for a student at one nat from its teacher."""
+NEAR = 0.06
+"""KL taken for granted where no text is held out to measure it."""
 LEAST_CHUNK = 16
 """Rows of logits below which a smaller chunk saves nothing worth having."""
 
@@ -70,9 +74,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of training, epochs counted again and again."""
     minutes: float = 0.0
     """Wall-clock limit (0: none); the schedule is stretched over whichever comes first."""
-    learning_rate: float = 3e-5
-    """Peak; cosine to a twentieth of it. A refitted student starts near its teacher: more than this throws it
-    back first (LOG.md, 2026-11-24)."""
+    learning_rate: float = 0.0
+    """Peak; cosine to a twentieth of it. 0 takes it from how far the student is from its teacher when it
+    begins (`rate_for`)."""
     warm_up: float = 0.06
     """Share of the run in which the rate rises linearly."""
     step_tokens: int = 1024
@@ -197,39 +201,6 @@ def _interrupt_between_steps() -> Generator[threading.Event]:
         signals.signal(signals.SIGINT, before)
 
 
-class _Order:
-    """Which rows each step learns from: shuffled epochs, own and generic texts by their ratio."""
-
-    def __init__(self, own: int, generic: int, per_step: int, settings: Settings) -> None:
-        share = settings.generic if generic and own else float(generic > 0)
-        first = round(per_step * (1 - share))
-        self._parts = [_Epochs(0, own, first, settings.seed)] if own else []
-        if generic:
-            self._parts.append(_Epochs(own, generic, per_step - first, settings.seed + 1))
-
-    def step(self, number: int) -> list[int]:
-        """Indices of the rows of a step, counted from 0; generic ones come behind the own."""
-        return [index for part in self._parts for index in part.step(number)]
-
-
-class _Epochs:
-    def __init__(self, first: int, rows: int, per_step: int, seed: int) -> None:
-        self.first, self.rows, self.per_step, self.seed = first, rows, per_step, seed
-        self._orders: dict[int, list[int]] = {}
-
-    def step(self, number: int) -> list[int]:
-        start = number * self.per_step
-        return [self.first + self._at(i) for i in range(start, start + self.per_step)]
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self.rows)
-        if epoch not in self._orders:
-            # a step may straddle two
-            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = shuffled(range(self.rows), self.seed * 1_000_003 + epoch)
-        return self._orders[epoch][place]
-
-
 class _Micro(NamedTuple):
     """One forward pass's worth of a step, with what the teacher says of it."""
 
@@ -274,7 +245,7 @@ class _Run:
         )
         self.curve = Curve(chunk=settings.chunk, micro=max(1, settings.micro_tokens // self.length))
         self.started = time.monotonic()
-        self.speed = _Speed()
+        self.speed = TokenSpeed()
 
     def _lay_out(self, corpus: Corpus) -> None:
         """Pack everything into rows of one length."""
@@ -283,11 +254,19 @@ class _Run:
         share = may_share(self.student, self.length) and self.teacher.may_share(self.length)
         packed = [pack(part, self.length, share=share) for part in (own, generic)]
         self.rows = [row for part in packed for row in part]
-        self.held_out = pack(corpus.held_out, self.length, share=share)
+        self.held_out = HeldOut(
+            pack(corpus.held_out, self.length, share=share),
+            self.teacher,
+            answers=1 - self.settings.adapt_ce if self.settings.adapt else 0.0,
+            ce=self.settings.adapt_ce if self.settings.adapt else 0.0,
+            rest=self.settings.adapt_rest if self.settings.adapt else 1.0,
+        )
         if not self.rows:
             raise ModelError("nothing to learn from", expected="chats or texts of at least two tokens")
         per_step = max(1, self.settings.step_tokens // self.length)
-        self.order = _Order(len(packed[0]), len(packed[1]), per_step, self.settings)
+        self.order = Order(
+            len(packed[0]), len(packed[1]), per_step, self.settings.generic, self.settings.seed
+        )
         room = self.length - self.settings.answer_tokens
         self.prompts = onpolicy.prompts_of(own, room) if self.settings.on_policy else []
         if self.settings.on_policy and not self.prompts:
@@ -363,7 +342,9 @@ class _Run:
 
     def _rate(self, share: float) -> float:
         """Linear warm-up, then cosine to a twentieth of the peak."""
-        peak, rise = self.settings.learning_rate, self.settings.warm_up
+        start = self.curve.checks[0].kl if self.held_out.rows else NEAR
+        peak = self.settings.learning_rate or rate_for(start, lora=self.settings.lora > 0)
+        rise = self.settings.warm_up
         if share < rise:
             # never 0: the first step would be lost
             return peak * max(share, 0.1 * rise) / rise
@@ -512,52 +493,19 @@ class _Run:
         cast(Any, total).backward()
         return float(total.detach()), float(found.kl)
 
-    @torch.no_grad()
     def _check(self) -> None:
-        """Held-out KL over all tokens and over the assistant's; the best weights are put aside.
-
-        Every process reads all of it: it is short, and with FSDP each forward pass is a meeting.
-        """
-        totals = torch.zeros(6, dtype=torch.float64)
-        for start in range(0, len(self.held_out), self.curve.micro):
-            part = self.held_out[start : start + self.curve.micro]
-            totals += self._held_out_sums(-1 - start, part)
-        best = min((c.loss for c in self.curve.checks), default=math.inf)
-        self.curve.checks.append(self._found(*totals.tolist()))
-        if self.curve.checks[-1].loss < best or not self.held_out:
+        """Held-out KL over all tokens and over the assistant's; the best weights are put aside."""
+        found = self.held_out.check(self.student, self.peers.device, self.curve.micro)
+        self.curve.checks.append(msgspec.structs.replace(found, step=self.step, tokens=self.tokens))
+        if not self.held_out.rows or self.curve.best == len(self.curve.checks) - 1:
             self._keep_best()
         self.speed.pause()
 
-    def _found(
-        self, tokens: float, kl: float, known: float, answer_kl: float, answers: float, nll: float
-    ) -> Check:
-        """A check from its sums: what was summed over, and how many tokens that were."""
-        kl, answer_kl, nll = kl / max(tokens, 1), answer_kl / max(known, 1), nll / max(answers, 1)
-        loss, ce = kl, self.settings.adapt_ce
-        if self.settings.adapt and answers:
-            loss = (1 - ce) * answer_kl + ce * nll + self.settings.adapt_rest * kl
-        return Check(
-            step=self.step, tokens=self.tokens, kl=kl, answer_kl=answer_kl, answer_nll=nll, loss=loss
-        )
-
-    def _held_out_sums(self, key: int, part: Sequence[Row]) -> Tensor:
-        """Tokens known of and their KL, answer tokens known of and their KL, answer tokens and their −log
-        probability: sums over held-out rows."""
-        batch = collate(part).to(self.peers.device)
-        signal = self.teacher.signal([key - i for i in range(len(part))], part)
-        own = side_of(self.student, final_hidden(self.student, batch))
-        known = signal.known.to(own.hidden.device)
-        kl = kl_rows(signal, own).double().nan_to_num() * known
-        answers = batch.answers[batch.predicts]
-        both = answers & known
-        nll = nll_rows(Side(own.hidden[answers], own.head), batch.labels[batch.predicts][answers]).double()
-        sums = (known.sum(), kl.sum(), both.sum(), kl[both].sum(), answers.sum(), nll.sum())
-        return torch.tensor([float(s) for s in sums], dtype=torch.float64)
-
     def _stop_early(self) -> None:
-        best = min(range(len(self.curve.checks)), key=lambda i: self.curve.checks[i].loss)
-        if len(self.curve.checks) - 1 - best >= self.settings.patience and not self.curve.finished:
+        if self.curve.since_best >= self.settings.patience and not self.curve.finished:
             self.curve.finished, self.curve.stopped = True, "early"
+        if self.curve.finished and self.held_out.rows:
+            self.curve.notes.append(self.curve.handed_out)
 
     def _keep_best(self) -> None:
         states.write_tensors(self.state / BEST, self.trained, self.peers)
@@ -595,6 +543,18 @@ class _Run:
             states.fill_optimiser(self.optimiser, self.learnt, tensors)
 
 
+def rate_for(distance: float, *, lora: bool = False) -> float:
+    """Peak rate for a student at this KL from its teacher when training begins, nats a token.
+
+    Adam's first steps are of full size whatever the gradient, so near the teacher a large rate throws the
+    student back, and far from it a small one wastes tokens (LOG.md, 2026-11-24 and 25). A gradient shrinks
+    with the square root of the distance, and so does the rate. Low-rank corrections want ten times as much
+    (thinkingmachines.ai/blog/lora, 2025).
+    """
+    rate = min(max(RATE * math.sqrt(max(distance, 0.0)), 1e-5), 3e-4)
+    return 10 * rate if lora else rate
+
+
 def _matching(
     student: PreTrainedModel, teacher: Teacher, settings: Settings
 ) -> tuple[Matching | None, list[int]]:
@@ -612,23 +572,6 @@ def _out_of_memory(error: BaseException) -> bool:
     """torch has a class of its own for accelerators only."""
     said = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in said
-
-
-class _Speed:
-    """Tokens per second of training, pauses for checks left out."""
-
-    def __init__(self) -> None:
-        self.tokens, self.seconds, self.since = 0.0, 0.0, time.monotonic()
-
-    def add(self, tokens: float) -> None:
-        now = time.monotonic()
-        self.tokens, self.seconds, self.since = self.tokens + tokens, self.seconds + now - self.since, now
-
-    def pause(self) -> None:
-        self.since = time.monotonic()
-
-    def __str__(self) -> str:
-        return f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
 
 
 def put_best(student: PreTrainedModel, settings: Settings, state: Path) -> None:

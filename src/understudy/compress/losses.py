@@ -123,13 +123,13 @@ def logit_blocks(sides: Sequence[Side], chunk: int = 256) -> Iterator[tuple[slic
     that fit a processor's cache; a consumer may overwrite its block. Vocabularies are cut to the shortest.
     """
     vocab = min(len(side.head.weight) for side in sides)
-    weights = [side.head.weight[:vocab] for side in sides]
+    weights = [_factor(side.head.weight[:vocab]) for side in sides]
     count = len(sides[0].hidden)
-    buffers = [torch.empty(min(chunk, count), vocab, dtype=w.dtype, device=w.device) for w in weights]
+    buffers = [torch.empty(min(chunk, count), vocab, dtype=_sums(w), device=w.device) for w in weights]
     for start in range(0, count, chunk):
         for side, weight, buffer in zip(sides, weights, buffers, strict=True):
             hidden = side.hidden[start : start + chunk].to(weight.dtype)
-            torch.mm(hidden, weight.T, out=buffer[: len(hidden)])
+            _product(hidden, weight.T, buffer[: len(hidden)])
         size = min(chunk, count - start)
         for block in _blocks(size, buffers[0].device):
             views = [
@@ -137,6 +137,25 @@ def logit_blocks(sides: Sequence[Side], chunk: int = 256) -> Iterator[tuple[slic
                 for side, buffer in zip(sides, buffers, strict=True)
             ]
             yield slice(start + block.start, start + block.stop), views
+
+
+def _sums(weight: Tensor) -> torch.dtype:
+    """What products are added up and kept in: logits in bf16 would be wrong by percents of a probability."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _factor(weight: Tensor) -> Tensor:
+    """A matrix as it enters products. Only accelerators multiply bf16 and answer in fp32; elsewhere it is
+    widened once."""
+    return weight if weight.is_cuda else weight.to(_sums(weight))
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``left`` @ ``right`` in ``out``'s precision, whatever theirs."""
+    if right.dtype == out.dtype:
+        torch.mm(left.to(out.dtype), right, out=out)
+    else:
+        out.copy_(torch.mm(left.to(right.dtype), right, out_dtype=out.dtype))
 
 
 def _blocks(rows: int, device: torch.device) -> Iterator[slice]:
@@ -152,27 +171,28 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, rows: Rows, normaliser: float, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        target = _target(rows.signal, head, min(options.chunk, len(hidden)))
-        used = head[: target.vocab]
-        given = torch.empty(
-            min(options.chunk, len(hidden)), target.vocab, dtype=head.dtype, device=head.device
-        )
-        grad_hidden = torch.zeros_like(hidden)
-        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        wide, rows_at_once = _sums(head), min(options.chunk, len(hidden))
+        target = _target(rows.signal, head, rows_at_once)
+        used = _factor(head[: target.vocab])
+        given = torch.empty(rows_at_once, target.vocab, dtype=wide, device=head.device)
+        grad_hidden = torch.zeros_like(hidden, dtype=wide)
+        grad_head = torch.zeros_like(head, dtype=wide) if ctx.needs_input_grad[1] else None
         sums = torch.zeros(2, dtype=torch.float64, device=head.device)
         for start in range(0, len(hidden), options.chunk):
             at = slice(start, start + options.chunk)
             states, size = hidden[at], len(hidden[at])
             target.prepare(at)
-            torch.mm(states, used.T, out=given[:size])
+            _product(states, used.T, given[:size])
             for block in _blocks(size, head.device):
                 part = slice(start + block.start, start + block.stop)
-                weights = _Weights(rows.labels[part], rows.kl[part].to(head), rows.ce[part].to(head))
+                weights = _Weights(rows.labels[part], rows.kl[part].to(given), rows.ce[part].to(given))
                 sums += target.gradient_(part, block, given[block], weights, options)
             grad = given[:size].div_(normaliser)
-            torch.mm(grad, used, out=grad_hidden[at])
+            _product(grad, used, grad_hidden[at])
             if grad_head is not None:
-                grad_head[: target.vocab].addmm_(grad.T, states)
+                grad_head[: target.vocab].addmm_(grad.T, states.to(wide))
+        grad_hidden = grad_hidden.to(hidden.dtype)
+        grad_head = grad_head.to(head.dtype) if grad_head is not None else None
         ctx.save_for_backward(grad_hidden, grad_head)
         total = (sums.sum() / normaliser).to(hidden.dtype)
         parts = sums[0].clone(), sums[1].clone()
@@ -203,12 +223,12 @@ class _DenseTarget:
     def __init__(self, signal: Dense, head: Tensor, chunk: int) -> None:
         self.signal = signal
         self.vocab = min(len(head), len(signal.head.weight))
-        self.weight = signal.head.weight[: self.vocab].to(head.dtype).T
-        self.wanted = torch.empty(chunk, self.vocab, dtype=head.dtype, device=head.device)
+        self.weight = _factor(signal.head.weight[: self.vocab].to(head.dtype)).T
+        self.wanted = torch.empty(chunk, self.vocab, dtype=_sums(head), device=head.device)
 
     def prepare(self, at: slice) -> None:
-        states = self.signal.hidden[at].to(self.weight.dtype)
-        torch.mm(states, self.weight, out=self.wanted[: len(states)])
+        states = self.signal.hidden[at]
+        _product(states, self.weight, self.wanted[: len(states)])
 
     def gradient_(
         self, part: slice, block: slice, given: Tensor, weights: _Weights, options: Options

@@ -66,6 +66,12 @@ class OwnJob(NamedTuple):
     seed: int
     calibration_text: list[str] = []
     """Running text read beside the chats, for calibration and healing."""
+    generic: list[Chat] = []
+    """Chats that are nobody's traffic, mixed into healing by ``generic_share``."""
+    generic_text: list[str] = []
+    """Running text mixed in the same way."""
+    generic_share: float = 0.25
+    """Share of each step's rows taken from the generic texts, where there are any."""
     root: Path = Path()
     """What a relative ``teacher`` or ``baseline`` is relative to."""
 
@@ -145,6 +151,8 @@ def _identity(job: OwnJob) -> str:
     path = resolve_path(job.teacher, job.root)
     weights = checkpoint.digest_of(path) if path.exists() else "hub"
     parts = [job.teacher, weights, job.train, job.held_out, job.calibration_text, job.settings, job.seed]
+    if job.generic or job.generic_text:
+        parts += [job.generic, job.generic_text, job.generic_share]
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 
@@ -178,9 +186,10 @@ def _begin(out: Path, identity: str) -> None:
 class _Texts(NamedTuple):
     train: list[Document]
     checked: list[Document]
-    """Set aside from training to choose the best weights by."""
+    """Set aside from training, and from calibration, to choose the best weights by."""
     measured: list[Document]
     calibration: list[Document]
+    generic: list[Document]
 
 
 class _Before(msgspec.Struct, kw_only=True):
@@ -229,11 +238,15 @@ class _Steps:
                 expected=f"at least {LEAST_TOKENS} tokens and one held-out chat",
                 next_step="record more traffic, or give a calibration text",
             )
-        calibration = take(train, job.settings.calibration_tokens, job.seed, share=True)
+        # what calibration read is near its teacher by construction: a check on it finds every step harmful
         aside = take(train, round(min(CHECKED_TOKENS, CHECKED_SHARE * count)), job.seed + 1)
         chosen = set(map(id, aside))
         rest = [d for d in train if id(d) not in chosen]
-        return _Texts(rest, aside, take(held_out, MEASURED_TOKENS, job.seed), calibration)
+        calibration = take(rest, job.settings.calibration_tokens, job.seed, share=True)
+        generic = [encode_chat(tokenizer, chat) for chat in job.generic]
+        generic += [encode_text(tokenizer, text) for text in job.generic_text]
+        measured = take(held_out, MEASURED_TOKENS, job.seed)
+        return _Texts(rest, aside, measured, calibration, generic)
 
     def _pruned(self) -> tuple[Plan, PreTrainedModel]:
         folder, path = self.out / "pruned", self.out / "plan.json"
@@ -307,10 +320,11 @@ class _Steps:
             minutes=self.job.settings.minutes / count,
             learning_rate=self.job.settings.learning_rate,
             seed=self.job.seed,
+            generic=self.job.generic_share if self.texts.generic else 0.0,
         )
         if self.job.settings.answers == "right":
             settings = msgspec.structs.replace(settings, **RIGHT)
-        corpus = distill.Corpus(self.texts.train, self.texts.checked)
+        corpus = distill.Corpus(self.texts.train, self.texts.checked, self.texts.generic)
         teacher = LiveTeacher(self.loaded.model)
         curve = distill.heal(student, teacher, corpus, settings, state, self.progress)
         self.seconds["heal"] = self.seconds.get("heal", 0.0) + curve.seconds
