@@ -14,6 +14,7 @@ from understudy.compress.corpus import (
     fingerprint,
     pack,
     row_length,
+    shared_length,
     take,
     windows,
 )
@@ -115,6 +116,13 @@ def test_row_length_holds_most_documents():
     assert row_length([Document([1] * 70, [])] * 19 + [Document([1] * 400, [])]) == 512
     assert row_length([Document([1] * 70, [])] * 39 + [Document([1] * 400, [])]) == 128
     assert row_length([]) == 64
+
+
+def test_rows_are_longer_only_where_beginnings_are_shared():
+    alike = [Document([7] * 40 + [i] * 40, [False] * 80) for i in range(9)]
+    other = [Document([i] * 80, [False] * 80) for i in range(9)]
+    assert (shared_length(alike), shared_length(other)) == (256, 128)
+    assert shared_length([]) == 64
 
 
 def test_take_stops_at_the_budget_and_follows_the_seed(documents):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from understudy.compress.media import Media
 
+LEAST_SAVED = 0.05
+"""Share of tokens that shared beginnings must save for rows to be made longer for them."""
 Chat = list[dict[str, Any]]
 """OpenAI messages, the last one by the assistant."""
 
@@ -200,9 +202,12 @@ def pack(documents: Sequence[Document], length: int, *, share: bool = False) -> 
 
 
 def shared_length(documents: Sequence[Document]) -> int:
-    """Twice what documents need by themselves: the longer a row, the fewer copies of a beginning."""
-    alone = all(d.media for d in documents)
-    return row_length(documents) * (1 if alone else 2)
+    """Twice what documents need by themselves where they begin alike: the longer a row, the fewer copies of a
+    beginning. Where they do not, a longer row only lets attention look at more that it may not see."""
+    length, tokens = row_length(documents), sum(len(d.tokens) for d in documents)
+    if all(d.media for d in documents):
+        return length
+    return length * 2 if sum(distinct_tokens(documents)) < (1 - LEAST_SAVED) * tokens else length
 
 
 def _size(bundle: Sequence[Document]) -> int:
