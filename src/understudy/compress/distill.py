@@ -1,7 +1,5 @@
 """Heal a pruned student by distillation: schedule, steps, held-out checks, stopping and resuming.
 
-Stages over the same packed rows: first KL on every real token (heal), then 0.9 KL + 0.1 cross-entropy on the
-assistant's tokens (adapt), and last, if asked, reverse KL on answers the student samples itself (on policy).
 Everything a step does follows from the seed, the step's number and the saved state, so a resumed run repeats
 the uninterrupted one exactly; only a limit in minutes makes the clock part of the schedule. It ignores
 pruning, where texts come from, who the teacher is (signal) and how many processes there are (processes).
@@ -9,7 +7,6 @@ pruning, where texts come from, who the teacher is (signal) and how many process
 
 from __future__ import annotations
 
-import math
 import signal as signals
 import threading
 import time
@@ -17,7 +14,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 import torch
@@ -47,9 +44,10 @@ from understudy.compress.held_out import HeldOut
 from understudy.compress.losses import Divergence, Options, Rows, distillation_loss
 from understudy.compress.matching import Matching, depths, states_behind
 from understudy.compress.order import Order
-from understudy.compress.precision import Precision, matmul_precision
+from understudy.compress.precision import matmul_precision
 from understudy.compress.processes import Processes, is_sharded, processes
 from understudy.compress.progress import Progress, TokenSpeed, silent
+from understudy.compress.schedule import NEAR, Settings, Stage, Weights, rate_at, stage_at, weights
 from understudy.compress.signal import Dense, Signal
 from understudy.compress.teacher import LiveTeacher, Teacher
 from understudy.errors import InputError, ModelError
@@ -57,70 +55,9 @@ from understudy.errors import InputError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Stage = Literal["heal", "adapt", "on-policy"]
 BEST = "best.safetensors"
-RATE = 1.2e-4
-"""Peak rate for a student at one nat from its teacher."""
-NEAR = 0.06
-"""KL taken for granted where no text is held out to measure it."""
 LEAST_CHUNK = 16
 """Rows of logits below which a smaller chunk saves nothing worth having."""
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The recipe of healing. Part of a saved state: a resumed run must have the same."""
-
-    tokens: int = 100_000
-    """Tokens of training, epochs counted again and again."""
-    minutes: float = 0.0
-    """Wall-clock limit (0: none); the schedule is stretched over whichever comes first."""
-    learning_rate: float = 0.0
-    """Peak; cosine to a twentieth of it. 0 takes it from how far the student is from its teacher when it
-    begins (`rate_for`)."""
-    warm_up: float = 0.06
-    """Share of the run in which the rate rises linearly."""
-    step_tokens: int = 1024
-    """Tokens per optimiser step, padding included. Healing is short, so many small steps beat few large."""
-    micro_tokens: int = 512
-    """Tokens per forward pass; memory follows this."""
-    chunk: int = 256
-    """Rows whose logits exist at once; halved when memory runs out."""
-    row_tokens: int = 0
-    """Length of packed rows; 0 takes it from the documents."""
-    generic: float = 0.0
-    """Share of each step's rows taken from the corpus's generic texts."""
-    adapt: float = 0.3
-    """Share of the run spent on the assistant's tokens, at its end but for `on_policy`."""
-    adapt_ce: float = 0.1
-    """Share of cross-entropy in that stage."""
-    adapt_rest: float = 0.1
-    """Weight of all other tokens' KL in that stage, so that reading does not decay."""
-    on_policy: float = 0.0
-    """Share of the run, at its very end, spent on answers the student samples, by reverse KL."""
-    answer_tokens: int = 64
-    """Longest answer sampled there."""
-    match: float = 0.0
-    """Weight of hidden-state matching beside the divergence; 0: none."""
-    match_layers: int = 4
-    """Depths at which it matches."""
-    lora: int = 0
-    """Rank of low-rank corrections trained in place of the weights; 0: the weights are trained."""
-    states: optimiser.States = "fp32"
-    """Of AdamW: bf16 halves them."""
-    train_vocabulary: bool = False
-    """Train the embedding and the head too. They are the teacher's own, every row of the head has some
-    gradient at every step, and Adam makes noise of full size out of it."""
-    divergence: Divergence = "forward"
-    temperature: float = 1.0
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    """Largest norm of the whole gradient."""
-    checks: int = 4
-    """Evaluations on text not trained on, after the one before training."""
-    patience: int = 3
-    """Checks without a better held-out KL before stopping early."""
-    seed: int = 0
-    precision: Precision = "auto"
 
 
 class Corpus(NamedTuple):
@@ -340,28 +277,12 @@ class _Run:
         self.curve.seconds, self.started = self.curve.seconds + now - self.started, now
         return self.curve.seconds
 
-    def _rate(self, share: float) -> float:
-        """Linear warm-up, then cosine to a twentieth of the peak."""
-        start = self.curve.checks[0].kl if self.held_out.rows else NEAR
-        peak = self.settings.learning_rate or rate_for(start, lora=self.settings.lora > 0)
-        rise = self.settings.warm_up
-        if share < rise:
-            # never 0: the first step would be lost
-            return peak * max(share, 0.1 * rise) / rise
-        fall = (share - rise) / (1 - rise)
-        return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * fall)))
-
-    def _stage(self, share: float) -> Stage:
-        if self.settings.on_policy and share >= 1 - self.settings.on_policy:
-            return "on-policy"
-        return "adapt" if share >= 1 - self.settings.on_policy - self.settings.adapt else "heal"
-
     def _step(self) -> None:
-        share = self.share()
-        rate = self._rate(share)
+        share, start = self.share(), self.curve.checks[0].kl
+        rate = rate_at(share, self.settings, start if self.held_out.rows else NEAR)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        sums = self._within_memory(self._stage(share))
+        sums = self._within_memory(stage_at(share, self.settings))
         optimiser.clip(self.parameters, self.settings.clip, self.peers)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -447,16 +368,9 @@ class _Run:
         kl[counted:], ce[counted:] = 0, 0
         return _Micro(batch, signal, kl, ce)
 
-    def _weights(self, batch: Batch, signal: Signal, stage: Stage) -> tuple[Tensor, Tensor]:
-        """Weights of KL and cross-entropy at predicting positions; no KL where the teacher said nothing."""
-        answers, known = batch.answers[batch.predicts].float(), signal.known.to(self.peers.device).float()
-        if stage == "heal":
-            return known, torch.zeros_like(answers)
-        if stage == "on-policy":
-            return answers * known, torch.zeros_like(answers)
-        ce = self.settings.adapt_ce * answers
-        kl = (1 - self.settings.adapt_ce) * answers + self.settings.adapt_rest * (1 - answers)
-        return kl * known, ce
+    def _weights(self, batch: Batch, signal: Signal, stage: Stage) -> Weights:
+        known = signal.known.to(self.peers.device)
+        return weights(batch.answers[batch.predicts], known, stage, self.settings)
 
     def _sampled(self) -> Iterator[_Micro]:
         """Answers the student gives now, scored by the teacher."""
@@ -541,18 +455,6 @@ class _Run:
             tensors = states.read_tensors(self.state / f"step-{self.step}.safetensors")
             states.fill(self.learnt, tensors)
             states.fill_optimiser(self.optimiser, self.learnt, tensors)
-
-
-def rate_for(distance: float, *, lora: bool = False) -> float:
-    """Peak rate for a student at this KL from its teacher when training begins, nats a token.
-
-    Adam's first steps are of full size whatever the gradient, so near the teacher a large rate throws the
-    student back, and far from it a small one wastes tokens (LOG.md, 2026-11-24 and 25). A gradient shrinks
-    with the square root of the distance, and so does the rate. Low-rank corrections want ten times as much
-    (thinkingmachines.ai/blog/lora, 2025).
-    """
-    rate = min(max(RATE * math.sqrt(max(distance, 0.0)), 1e-5), 3e-4)
-    return 10 * rate if lora else rate
 
 
 def _matching(
