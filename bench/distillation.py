@@ -485,7 +485,7 @@ def part_cached(folder: Path, only: str, tokens: int) -> None:
 # quality
 
 
-def part_quality(folder: Path, tokens: int, rate: float) -> None:
+def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None:
     """−20% of parameters, healed; resumable: run again with the same folder."""
     loaded = checkpoint.load(TEACHER)
     documents = texts(loaded.tokenizer)
@@ -498,7 +498,7 @@ def part_quality(folder: Path, tokens: int, rate: float) -> None:
         checkpoint.save(student, loaded.tokenizer, folder / "pruned")
     student = checkpoint.load(folder / "pruned").model
     before = fidelity(loaded.model, student, measured)
-    settings = distill.Settings(tokens=tokens, learning_rate=rate, checks=8, patience=9)
+    settings = distill.Settings(tokens=tokens, minutes=minutes, learning_rate=rate, checks=8, patience=9)
     spent = cpu_s()
     corpus = distill.Corpus(train, checked)
     curve = distill.heal(student, LiveTeacher(loaded.model), corpus, settings, folder / "heal", report)
@@ -508,6 +508,7 @@ def part_quality(folder: Path, tokens: int, rate: float) -> None:
     print(
         f"`own` at −20% of parameters, {curve.points[-1].tokens:,} tokens, {spent:,.0f} CPU-s of healing.\n"
     )
+    print(f"steps back: {curve.halvings}; stopped by {curve.stopped}\n")
     print(f"before: {before}\n\nafter:  {after}\n\ngap closed: {1 - after.kl / before.kl:.0%}")
     print(f"\ncurve (tokens, KL on texts set aside): {[(c.tokens, round(c.kl, 4)) for c in curve.checks]}")
 
@@ -537,6 +538,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["loss", "end", "cached", "quality"], help="only this part")
     parser.add_argument("--only", default="", help="implementations whose name contains this")
     parser.add_argument("--tokens", type=int, default=0, help="of training (quality: 190,000)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of healing (quality; 0: no limit)")
     parser.add_argument("--rate", type=float, default=0.0, help="peak rate (quality; 0: by distance)")
     parser.add_argument("--folder", type=Path, help="keep what is made here and use it again")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
@@ -558,7 +560,7 @@ def main() -> None:
         if a.part in (None, "cached"):
             part_cached(folder, a.only, a.tokens or 8192)
         if a.part == "quality":
-            part_quality(folder, a.tokens or 190_000, a.rate)
+            part_quality(folder, a.tokens or 190_000, a.minutes, a.rate)
 
 
 if __name__ == "__main__":

@@ -198,10 +198,39 @@ def test_a_better_loss_does_not_pay_for_a_greater_distance():
     assert checked((math.nan, math.nan)).best == 0
 
 
-def test_a_detour_after_the_start_is_not_a_reason_to_stop():
-    assert checked((0.10, 0.1), (0.20, 0.2), (0.15, 0.15), (0.12, 0.12)).since_best == 0
-    assert checked((0.10, 0.1), (0.05, 0.05), (0.06, 0.06), (0.07, 0.07)).since_best == 2
-    assert checked((0.10, 0.1)).since_best == 0
+def test_a_check_that_finds_the_student_worse_takes_it_back_at_half_the_rate(pair, corpus, tmp_path: Path):
+    """From a rate that only harms to one that heals: 0.3, 0.15, … are tried in turn, each from the best."""
+    teacher, student = pair
+    settings = msgspec.structs.replace(SETTINGS, learning_rate=0.3, checks=12, patience=12, adapt=0.0)
+    curve = heal(student, LiveTeacher(teacher), corpus, settings, tmp_path)
+    assert curve.checks[1].kl > curve.checks[0].kl
+    assert curve.halvings >= 2
+    assert curve.checks[curve.best].kl < 0.9 * curve.checks[0].kl
+    after = next(p for p in curve.points if p.step == curve.checks[1].step + 1)
+    before = curve.points[curve.checks[1].step - 1]
+    assert after.learning_rate < 0.55 * before.learning_rate
+    # what it does there is learnt from the start's weights, not from where the first quarter led
+    assert after.kl < 1.5 * curve.points[0].kl
+
+
+def test_a_run_that_stepped_back_resumes_bit_identically(pair, corpus, tmp_path: Path):
+    teacher, student = pair
+    settings = msgspec.structs.replace(SETTINGS, learning_rate=0.3, checks=6, patience=9, tokens=3000)
+    other, again = copy.deepcopy(student), copy.deepcopy(student)
+    whole = heal(student, LiveTeacher(teacher), corpus, settings, tmp_path / "whole")
+
+    class Killed(Exception):
+        """Stands for the power cut."""
+
+    def kill(step: str, done: int, total: int, note: str = "") -> None:
+        if done > 0.5 * total:
+            raise Killed
+
+    with pytest.raises(Killed):
+        heal(other, LiveTeacher(teacher), corpus, settings, tmp_path / "killed", kill)
+    resumed = heal(again, LiveTeacher(teacher), corpus, settings, tmp_path / "killed")
+    assert whole.halvings > 0
+    assert (resumed.points, resumed.checks, resumed.halvings) == (whole.points, whole.checks, whole.halvings)
 
 
 def test_minutes_end_the_run(pair, corpus, tmp_path: Path):

@@ -29,13 +29,13 @@ def test_the_rate_rises_linearly_and_falls_by_a_cosine(share: float, rate: float
 
 
 def test_a_rate_that_nobody_gave_follows_the_distance():
-    """Four times as far, twice the rate; ten times as much for low-rank corrections; within bounds."""
-    assert rate_for(0.4) == pytest.approx(2 * rate_for(0.1))
-    assert rate_for(0.1, lora=True) == pytest.approx(10 * rate_for(0.1))
-    assert rate_for(0.0) == rate_for(-0.01) == 1e-5
-    assert rate_for(1e9) == 3e-4
+    """Twice as far, twice the rate, within bounds; ten times as much for low-rank corrections."""
+    assert rate_for(0.8) == pytest.approx(2 * rate_for(0.4))
+    assert rate_for(0.4, lora=True) == pytest.approx(10 * rate_for(0.4))
+    assert (rate_for(0.0), rate_for(1e9)) == (2e-5, 2e-4)
     plan = msgspec.structs.replace(PLAN, learning_rate=0.0)
     assert rate_at(0.1, plan, distance=0.3) == pytest.approx(rate_for(0.3))
+    assert rate_at(0.1, plan, distance=0.3, halvings=2) == pytest.approx(rate_for(0.3) / 4)
 
 
 def test_stages_follow_one_another():

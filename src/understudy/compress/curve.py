@@ -51,6 +51,8 @@ class Curve(msgspec.Struct, kw_only=True):
     finished: bool = False
     stopped: str = ""
     """Why it ended: tokens | minutes | early."""
+    halvings: int = 0
+    """How often a check took the student back to its best and halved the rate."""
     chunk: int = 0
     """Rows whose logits exist at once; what memory allowed. 0: not begun."""
     micro: int = 0
@@ -68,10 +70,8 @@ class Curve(msgspec.Struct, kw_only=True):
 
     @property
     def since_best(self) -> int:
-        """Checks since the least loss in training. The start is left out: a warm-up may well pass it again
-        later, when the rate has fallen."""
-        trained = [check.loss for check in self.checks[1:]]
-        return len(trained) - 1 - trained.index(min(trained)) if trained else 0
+        """Checks since the weights that are handed out so far."""
+        return len(self.checks) - 1 - self.best
 
     @property
     def handed_out(self) -> str:

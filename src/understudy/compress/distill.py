@@ -279,7 +279,7 @@ class _Run:
 
     def _step(self) -> None:
         share, start = self.share(), self.curve.checks[0].kl
-        rate = rate_at(share, self.settings, start if self.held_out.rows else NEAR)
+        rate = rate_at(share, self.settings, start if self.held_out.rows else NEAR, self.curve.halvings)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         sums = self._within_memory(stage_at(share, self.settings))
@@ -413,7 +413,15 @@ class _Run:
         self.curve.checks.append(msgspec.structs.replace(found, step=self.step, tokens=self.tokens))
         if not self.held_out.rows or self.curve.best == len(self.curve.checks) - 1:
             self._keep_best()
+        else:
+            self._step_back()
         self.speed.pause()
+
+    def _step_back(self) -> None:
+        """To the best weights, with half the rate and without momentum: what led away from there is wrong."""
+        states.fill(self.trained, states.read_tensors(self.state / BEST))
+        self.optimiser.state.clear()
+        self.curve.halvings += 1
 
     def _stop_early(self) -> None:
         if self.curve.since_best >= self.settings.patience and not self.curve.finished:

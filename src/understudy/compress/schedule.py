@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Stage = Literal["heal", "adapt", "on-policy"]
-RATE = 1.2e-4
+RATE = 1.5e-4
 """Peak rate for a student at one nat from its teacher."""
-NEAR = 0.06
+LEAST_RATE, MOST_RATE = 2e-5, 2e-4
+NEAR = 0.2
 """KL taken for granted where no text is held out to measure it."""
 
 
@@ -74,10 +75,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     weight_decay: float = 0.0
     clip: float = 1.0
     """Largest norm of the whole gradient."""
-    checks: int = 4
-    """Evaluations on text not trained on, after the one before training."""
-    patience: int = 3
-    """Checks without a better held-out KL before stopping early."""
+    checks: int = 5
+    """Evaluations on text not trained on, after the one before training. One that finds the student worse
+    than at its best takes it back there and halves the rate."""
+    patience: int = 4
+    """Checks in a row that found nothing better before stopping early."""
     seed: int = 0
     precision: Precision = "auto"
 
@@ -92,18 +94,17 @@ class Weights(NamedTuple):
 def rate_for(distance: float, *, lora: bool = False) -> float:
     """Peak rate for a student at this KL from its teacher when training begins, nats a token.
 
-    Adam's first steps are of full size whatever the gradient, so near the teacher a large rate throws the
-    student back, and far from it a small one wastes tokens (LOG.md, 2026-11-24 and 25). A gradient shrinks
-    with the square root of the distance, and so does the rate. Low-rank corrections want ten times as much
-    (thinkingmachines.ai/blog/lora, 2025).
+    Adam's first steps are of full size whatever the gradient: near its teacher a student is thrown back by a
+    rate that one farther away learns fast at (LOG.md, 2026-11-24 and 25). Low-rank corrections want ten times
+    as much (thinkingmachines.ai/blog/lora, 2025).
     """
-    rate = min(max(RATE * math.sqrt(max(distance, 0.0)), 1e-5), 3e-4)
+    rate = min(max(RATE * distance, LEAST_RATE), MOST_RATE)
     return 10 * rate if lora else rate
 
 
-def rate_at(share: float, settings: Settings, distance: float) -> float:
+def rate_at(share: float, settings: Settings, distance: float, halvings: int = 0) -> float:
     """The rate when ``share`` of the run is done: linear warm-up, then cosine to a twentieth of the peak."""
-    peak = settings.learning_rate or rate_for(distance, lora=settings.lora > 0)
+    peak = (settings.learning_rate or rate_for(distance, lora=settings.lora > 0)) / 2**halvings
     rise = settings.warm_up
     if share < rise:
         # never 0: the first step would be lost
