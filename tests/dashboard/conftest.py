@@ -81,6 +81,14 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """The same as a file, for commands."""
+    path = tmp_path / "understudy.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture
 def store(config: Config, tmp_path: Path) -> Iterator[Store]:
     with open_store(config.store.url, tmp_path) as opened:
         yield opened

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import hashlib
+import html
+import re
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
+from click.testing import CliRunner
+from dashboard_scene import evaluate
 
+from understudy.catalog.facts import Catalog
+from understudy.cli.dashboard import moves_of
+from understudy.cli.rollout import rollout
 from understudy.config import Config, Rollout
+from understudy.dashboard import evaluations
+from understudy.dashboard.calendar import KEPT_S, Calendar, Row
+from understudy.dashboard.desk import Desk
+from understudy.dashboard.server import start
+from understudy.errors import UserError
 from understudy.rollout.controller import Controller
 from understudy.rollout.look import look_at
 from understudy.rollout.shadow import Means
 from understudy.rollout.standing import Pair, Standing
 from understudy.rollout.trials import Order, begin
+from understudy.traffic.record import Call, Feedback, new_key
 from understudy.traffic.store import Route, Store, unpriced
 
 Browse = Callable[..., Awaitable[Any]]
+MakeCall = Callable[..., Call]
 
 
 def on_trial(store: Store, config: Config) -> Route:
@@ -29,7 +47,14 @@ async def pressed(browser: Any, do: str, **more: str) -> Any:
     """Fill in the form on the page as it is now."""
     page = await browser.get("/rollouts")
     version = page.text.partition('name="version" value="')[2].partition('"')[0]
-    form = {"token": page.token, "alias": "assistant", "version": version, "do": do, **more}
+    form = {
+        "token": page.token,
+        "alias": "assistant",
+        "version": version,
+        "do": do,
+        "confirmed": "yes",
+        **more,
+    }
     return await browser.post("/rollouts", form)
 
 
@@ -126,3 +151,115 @@ async def test_a_trial_that_nobody_watches_over_says_so(browse: Browse, store: S
         candidate="local/student", origin=was.origin, at=time.time() - 3600,
     )  # fmt: skip
     assert "Nobody takes this trial through its course" in (await (await browse()).get("/rollouts")).text
+
+
+async def test_a_button_asks_before_anything_is_done(browse: Browse, store: Store) -> None:
+    browser = await browse()
+    asked = await pressed(browser, "start", to="local/student", reason="it's due", confirmed="")
+    assert asked.status == 200
+    assert store.routes() == {}
+    for shown in (
+        "Start a trial of local/student on assistant?", "Nothing was changed yet",
+        "replay: 40 recorded calls",
+        "canary 1 %: 20 tasks", "nobody proved that it is good enough", 'name="confirmed" value="yes"',
+        "understudy rollout start assistant --to local/student --reason 'it'\"'\"'s due'",
+    ):  # fmt: skip
+        assert shown in html.unescape(asked.text), shown
+    await pressed(browser, "start", to="local/student")
+    for do, says in (
+        ("pause", "Pause the trial on assistant?"), ("abort", "ends for good"), ("move", "without a trial"),
+    ):  # fmt: skip
+        assert says in (await pressed(browser, do, to="local/student", confirmed="")).text
+    assert store.route("assistant").stage == "replay"  # type: ignore[union-attr]
+
+
+async def test_a_trial_rests_on_a_certificate_of_the_list(
+    browse: Browse, store: Store, config: Config
+) -> None:
+    folder = config.path("proof")
+    await evaluate(folder, "assistant", {"local/student": 1.0}, 120)
+    browser = await browse()
+    page = await browser.get("/rollouts")
+    name = re.search(r'<option value="([0-9a-f]{16})">proof: local/student passed', page.text)
+    assert name
+    asked = await pressed(browser, "start", to="local/student", evidence=name[1], confirmed="")
+    digest = hashlib.sha256((folder / "certificate.json").read_bytes()).hexdigest()
+    assert f"proof/certificate.json sha256:{digest}" in asked.text
+    assert "--evidence proof/certificate.json" in asked.text
+    assert "replay:" not in asked.text  # the certificate is the replay
+    await pressed(browser, "start", to="local/student", evidence=name[1])
+    route = store.route("assistant")
+    assert route is not None
+    assert (route.stage, route.evidence) == ("shadow", f"proof/certificate.json sha256:{digest}")
+
+
+async def test_what_the_command_refuses_the_form_refuses_in_the_same_words(
+    browse: Browse, store: Store, config: Config, config_file: Path, make_call: MakeCall
+) -> None:
+    folder = config.path("proof")
+    await evaluate(folder, "assistant", {"local/student": 0.4}, 40)
+    calls = [make_call(at=time.time() - 3600 * n) for n in range(1, 40)]
+    store.insert(calls, "s", 1)
+    told = [Feedback(key=new_key(), call=c.key, at=c.at, metric="success", value=1.0) for c in calls]
+    store.insert(told, "s", 2)
+    browser = await browse()
+    name = evaluations.page(Desk(config), {}).entries[0].name
+    tomorrow = time.strftime("%Y-%m-%d", time.gmtime(time.time() + 86_400))
+    for form, options in (
+        ({"evidence": name}, ["--evidence", str(folder / "certificate.json")]),
+        ({"until": tomorrow}, ["--until-date", tomorrow]),
+        ({"until": "soon"}, ["--until-date", "soon"]),
+        ({"to": "gone/model"}, []),
+    ):  # fmt: skip
+        page = await pressed(browser, "start", **{"to": "local/student", **form})
+        target = form.get("to", "local/student")
+        command = ["start", "assistant", "--to", target, *options, "--config", str(config_file)]
+        ran = CliRunner().invoke(rollout, command)
+        assert isinstance(ran.exception, UserError), ran.output
+        assert page.status == 422
+        said = html.unescape(page.text).replace("proof/certificate.json", str(folder / "certificate.json"))
+        # the two asked seconds apart, and the days left are told to the tenth
+        assert str(ran.exception) in said, (str(ran.exception), said)
+    assert store.routes() == {}
+
+
+async def test_the_calendar_says_when_a_trial_must_begin(config: Config) -> None:
+    day, soon = dt.datetime.now(dt.UTC).date(), dt.timedelta(days=1)
+    row = Row("assistant", "openai/gpt-4-0613", day + 40 * soon, 120.0, 900.0, 7.5, day + 25 * soon, "")
+    cases = (
+        (row, (">7.5<", "under way", ">late<", "too little"), (1, 0, 0, 0)),
+        (row._replace(latest_start=day - soon), (">late<",), (1,)),
+        (row._replace(days_needed=4000.0, latest_start=day - 4000 * soon),
+         ("over a year", "too little", ">late<"), (1, 1, 0)),
+        (row._replace(days_needed=None, latest_start=None, missing="nobody says how tasks went"),
+         ("nobody says how tasks went",), (1,)),
+    )  # fmt: skip
+    for told, shown, times in cases:
+
+        def calendar(store: Store, catalog: Catalog, told: Row = told) -> list[Row]:
+            return [told]
+
+        dashboard = await start(config, moves=moves_of(config)._replace(calendar=calendar))
+        async with aiohttp.ClientSession() as session, session.get(f"{dashboard.url}/rollouts") as answer:
+            text = await answer.text()
+        await dashboard.stop()
+        assert tuple(min(text.count(each), 1) for each in shown) == times, (told, shown)
+
+
+def test_the_calendar_is_made_anew_behind_the_reader(config: Config) -> None:
+    clock, made = [1000.0], list[float]()
+
+    def read(store: Store, catalog: Catalog) -> list[Row]:
+        made.append(clock[0])
+        return [Row("a", "m", None, clock[0], None, None, None, "")]
+
+    desk, calendar = Desk(config, lambda: clock[0]), Calendar(read)
+    assert calendar.rows(desk)["a"].tasks_per_day == 1000.0
+    clock[0] += KEPT_S - 1
+    assert calendar.rows(desk)["a"].tasks_per_day == 1000.0
+    clock[0] += 2
+    assert calendar.rows(desk)["a"].tasks_per_day == 1000.0  # shown at once, made anew meanwhile
+    calendar.close()
+    assert calendar.rows(desk)["a"].tasks_per_day == clock[0]
+    assert made == [1000.0, clock[0]]
+    desk.close()

@@ -14,8 +14,9 @@ from understudy import config as configuration
 from understudy.cli.options import config_option, json_option
 
 if TYPE_CHECKING:
+    from understudy.catalog.facts import Catalog
     from understudy.config import Alias
-    from understudy.dashboard.rollouts import Moves, Order
+    from understudy.dashboard.orders import Moves, Order, Proof
     from understudy.traffic.store import Store
 
 
@@ -40,7 +41,9 @@ def dashboard(config_path: Path, listen: str | None, as_json: bool) -> None:
 
 def moves_of(config: configuration.Config) -> Moves:
     """What the dashboard's buttons do, by the rollout room's functions."""
-    from understudy.rollout import trials
+    from understudy.dashboard.calendar import Row
+    from understudy.dashboard.orders import Moves, Terms
+    from understudy.rollout import terms, trials
     from understudy.rollout.move import move
 
     settings = config.rollout or configuration.Rollout()
@@ -48,27 +51,46 @@ def moves_of(config: configuration.Config) -> Moves:
     def order_of(asked: Order) -> trials.Order:
         return trials.Order(asked.by, asked.reason, asked.version or None)
 
-    def start(store: Store, asked: Order, initial: Alias | None) -> object:
-        return trials.begin(store, asked.alias, asked.to, order_of(asked), settings, initial=initial)
-
-    def pause(store: Store, asked: Order, initial: Alias | None) -> object:
-        return trials.pause(store, asked.alias, order_of(asked), initial)
-
-    def resume(store: Store, asked: Order, initial: Alias | None) -> object:
-        return trials.resume(store, asked.alias, order_of(asked), initial, settings)
-
-    def abort(store: Store, asked: Order, initial: Alias | None) -> object:
-        return trials.abort(store, asked.alias, order_of(asked), initial)
-
-    def at_once(store: Store, asked: Order, initial: Alias | None) -> object:
-        by, reason, seen = asked.by, asked.reason, asked.version or None
-        return move(
-            store, asked.alias, asked.to, by=by, reason=reason, initial=initial, expected_version=seen
+    def start(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+        order, evidence, deadline = order_of(asked), on.evidence, on.deadline
+        return trials.begin(
+            store,
+            asked.alias,
+            asked.to,
+            order,
+            settings,
+            evidence=evidence,
+            deadline=deadline,
+            initial=initial,
         )
 
-    return {
-        "start": start, "pause": pause, "resume": resume, "abort": abort, "move": at_once, "back": abort,
-    }  # fmt: skip
+    def pause(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+        return trials.pause(store, asked.alias, order_of(asked), initial)
+
+    def resume(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+        return trials.resume(store, asked.alias, order_of(asked), initial, settings)
+
+    def abort(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+        return trials.abort(store, asked.alias, order_of(asked), initial)
+
+    def at_once(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+        by, reason, seen = asked.by, asked.reason, asked.version or None
+        return move(
+            store, asked.alias, asked.to, by=by, reason=reason, evidence=on.evidence, initial=initial,
+            expected_version=seen,
+        )  # fmt: skip
+
+    def checked(store: Store, catalog: Catalog, asked: Order, proof: Proof | None) -> Terms:
+        evidence = terms.proven(proof.path, asked.to, proof.shown) if proof else ""
+        until = terms.deadline(config, store, catalog, asked.alias, asked.until) if asked.until else 0.0
+        return Terms(evidence, until)
+
+    def calendar(store: Store, catalog: Catalog) -> list[Row]:
+        routes = terms.in_force(config, store)
+        return [Row(*terms.calendar_entry(config, store, catalog, route)) for route in routes]
+
+    acts = {"start": start, "pause": pause, "resume": resume, "abort": abort, "move": at_once, "back": abort}
+    return Moves(acts, checked, calendar)
 
 
 def _say(url: str, as_json: bool) -> None:

@@ -51,8 +51,10 @@ def status(alias: str | None, config_path: Path, as_json: bool) -> None:
     config = configuration.load(config_path)
     if alias is not None:
         _alias(config, alias)
+    from understudy.rollout.terms import in_force
+
     with _store(config) as store:
-        routes = [r for r in _in_force(config, store) if alias in (None, r.alias)]
+        routes = [r for r in in_force(config, store) if alias in (None, r.alias)]
         looks = {r.alias: _look(config, store, r) for r in routes if r.candidate}
     if as_json:
         print_json([r._asdict() | {"trial": _plain(looks.get(r.alias))} for r in routes])
@@ -98,18 +100,20 @@ def start(
     Every gateway on this store follows within a second or so. `understudy up` takes the trial through its
     course where the config has a [rollout]; else `understudy rollout run` does.
     """
+    from understudy.catalog.facts import catalog_of
     from understudy.rollout.move import move
+    from understudy.rollout.terms import deadline, proven
     from understudy.rollout.trials import Order, begin
 
     config = configuration.load(config_path)
     initial = _alias(config, alias)
     config.endpoint_of(target)
-    proof = _proven(evidence, target) if evidence else ""
+    proof = proven(evidence, target) if evidence else ""
     settings = config.rollout or configuration.Rollout()
     with _store(config) as store:
-        deadline = _deadline(config, store, alias, until) if until else 0.0
+        ends = deadline(config, store, catalog_of(config), alias, until) if until else 0.0
         if dry_run:
-            _show_course(settings, target, now, deadline, as_json)
+            _show_course(settings, target, now, ends, as_json)
             return
         by = getpass.getuser()
         if now:
@@ -117,7 +121,7 @@ def start(
         else:
             order = Order(by, reason)
             moved = begin(
-                store, alias, target, order, settings, evidence=proof, deadline=deadline, initial=initial
+                store, alias, target, order, settings, evidence=proof, deadline=ends, initial=initial
             )
     _report(moved, as_json)
     if config.rollout is None and not now and not as_json:
@@ -159,9 +163,13 @@ def calendar(config_path: Path, as_json: bool) -> None:
     From the alias's traffic of two weeks, the outcomes reported of it and the course of [rollout]; an equal
     candidate is through in time with a probability of 90%.
     """
+    from understudy.catalog.facts import catalog_of
+    from understudy.rollout.terms import calendar_entry, in_force
+
     config = configuration.load(config_path)
     with _store(config) as store:
-        entries = [_calendar_entry(config, store, route) for route in _in_force(config, store)]
+        catalog = catalog_of(config)
+        entries = [calendar_entry(config, store, catalog, route) for route in in_force(config, store)]
     if as_json:
         print_json([msgspec.to_builtins(each._asdict()) for each in entries])
         return
@@ -227,29 +235,6 @@ def _alias(config: Config, alias: str) -> Alias:
     return config.aliases[alias]
 
 
-def _in_force(config: Config, store: Store) -> list[Route]:
-    """Routes of the store, and for aliases never changed what the config says, as version 0."""
-    from understudy.rollout.move import CONFIG
-    from understudy.traffic.store import Route
-
-    stored = store.routes()
-    return [
-        stored.get(name)
-        or Route(name, 0, a.model, tuple(a.fallback), "promoted", 0.0, CONFIG, "never changed", "")
-        for name, a in config.aliases.items()
-    ]
-
-
-def _calendar_entry(config: Config, store: Store, route: Route) -> Entry:
-    from understudy.catalog.facts import catalog_of
-    from understudy.rollout.calendar import entry, traffic_of
-
-    facts = catalog_of(config).find(route.model)
-    retires = facts.retires.value if facts and facts.retires else None
-    traffic = traffic_of(store, route.alias, time.time())
-    return entry(route.alias, route.model, retires, traffic, config.rollout or configuration.Rollout())
-
-
 def _calendar_line(each: Entry, today: dt.date) -> str:
     line = f"{each.alias} -> {each.model}: {each.tasks_per_day:,.0f} tasks a day"
     if each.days_needed is not None:
@@ -258,53 +243,6 @@ def _calendar_line(each: Entry, today: dt.date) -> str:
         return f"{line}; {each.missing}"
     late = " (late)" if each.latest_start < today else ""
     return f"{line}; retires {each.retires}, begin by {each.latest_start}{late}"
-
-
-def _deadline(config: Config, store: Store, alias: str, until: str) -> float:
-    """The end of the day, in Unix seconds. Raises InputError for one too near for the alias's traffic."""
-    route = next(r for r in _in_force(config, store) if r.alias == alias)
-    each = _calendar_entry(config, store, route)
-    day = _day(each, until)
-    end = dt.datetime.combine(day, dt.time.max, dt.UTC)
-    left = (end.timestamp() - time.time()) / 86_400
-    if each.days_needed is None or left < each.days_needed:
-        needs = f"{each.days_needed:,.1f} days" if each.days_needed is not None else each.missing
-        raise InputError(
-            f"a trial of {alias!r} may not be over by {day}: {max(left, 0.0):,.1f} days left, needs {needs}",
-            expected="a day by which an equal candidate is promoted with a probability of 90%",
-            next_step="name a later day, give [rollout] larger shares, or leave out --until-date",
-        )
-    return end.timestamp()
-
-
-def _day(each: Entry, until: str) -> dt.date:
-    if until == "retirement":
-        if each.retires is None:
-            raise InputError(
-                f"no end of {each.model} is announced", expected="a model with a retirement date",
-                next_step="--until-date YYYY-MM-DD",
-            )  # fmt: skip
-        return each.retires
-    try:
-        return dt.date.fromisoformat(until)
-    except ValueError as error:
-        raise InputError(f"no day: {until!r}", expected="YYYY-MM-DD or `retirement`") from error
-
-
-def _proven(evidence: Path, target: str) -> str:
-    """The certificate with its hash. Raises EvidenceError, or InputError where it does not pass the model."""
-    from understudy.evaluate.verify import verify
-
-    digest = verify(evidence)
-    said = msgspec.json.decode(evidence.read_bytes())
-    verdicts = {c["model"]["name"]: c["proof"]["verdict"] for c in said["candidates"]}
-    if verdicts.get(target) != "PASS":
-        raise InputError(
-            f"{evidence} does not pass {target}: {verdicts.get(target, 'not a candidate there')}",
-            expected="a certificate with the verdict PASS for it",
-            next_step="understudy evaluate, or leave out --evidence to start without proof",
-        )
-    return f"{evidence} sha256:{digest}"
 
 
 def _means_of(config: Config) -> Callable[[str], Means]:

@@ -16,14 +16,16 @@ from urllib.parse import urlencode
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from understudy.dashboard import calls, evaluations, models, own, rollouts, today
+from understudy.dashboard import calls, evaluations, models, orders, own, rollouts, today
+from understudy.dashboard.calendar import Calendar
 from understudy.dashboard.desk import Desk
 from understudy.dashboard.guard import SESSION, add_headers, give, make_guard
+from understudy.dashboard.orders import Moves
 from understudy.dashboard.plan import Plans
-from understudy.dashboard.rollouts import Moves
 from understudy.dashboard.sessions import Sessions
 from understudy.dashboard.templates import render
 from understudy.errors import StoreError, UserError
+from understudy.evaluate.report import script_hash
 
 LARGEST_FORM = 64 * 1024
 NAVIGATION = (
@@ -36,9 +38,11 @@ NAVIGATION = (
     ("/own", "Own models"),
 )
 EMBEDDED_POLICY = (
-    "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
+    "sandbox allow-scripts; default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+    f"script-src 'sha256-{script_hash()}'; frame-ancestors 'none'"
 )
-"""For the certificate's own page, which holds its style: shown apart from us, without scripts."""
+"""For the certificate's own page, which holds its style: shown apart from us (an origin of its own, without
+our cookie), and whoever wrote the file, only the script that filters its tables runs."""
 
 Read = Callable[[Desk, Mapping[str, str]], object]
 
@@ -46,10 +50,13 @@ Read = Callable[[Desk, Mapping[str, str]], object]
 class Dashboard:
     """Handlers over one desk."""
 
-    def __init__(self, desk: Desk, sessions: Sessions, moves: Moves | None) -> None:
+    def __init__(
+        self, desk: Desk, sessions: Sessions, moves: Moves | None, calendar: Calendar | None
+    ) -> None:
         self._desk = desk
         self._sessions = sessions
         self._moves = moves
+        self._calendar = calendar
 
     def routes(self) -> list[web.RouteDef]:
         """Every address there is."""
@@ -110,14 +117,17 @@ class Dashboard:
         return web.Response(text=text, content_type="text/html", charset="utf-8", headers=headers)
 
     def _rollouts(self, desk: Desk, query: Mapping[str, str]) -> rollouts.Rollouts:
-        return rollouts.page(desk, query, self._moves is not None)
+        return rollouts.page(desk, query, self._calendar)
 
     async def _move(self, request: web.Request) -> web.Response:
         if self._moves is None:
             raise web.HTTPForbidden(text="this dashboard was started to read only")
         form = {name: value for name, value in (await request.post()).items() if isinstance(value, str)}
-        order = rollouts.order_of(form, f"dashboard ({request.remote})")
-        await asyncio.to_thread(rollouts.carry_out, self._desk, order, self._moves)
+        order = orders.order_of(form, f"dashboard ({request.remote})")
+        if form.get("confirmed") != "yes":
+            asked = await asyncio.to_thread(orders.ask, self._desk, order, self._moves)
+            return self.show(request, "confirm.html", page=asked)
+        await asyncio.to_thread(orders.carry_out, self._desk, order, self._moves)
         raise web.HTTPSeeOther(f"/rollouts?{urlencode({'moved': order.alias})}")
 
     async def _login_form(self, request: web.Request) -> web.Response:
@@ -150,9 +160,11 @@ class Problem(NamedTuple):
     text: str
 
 
-def make_app(desk: Desk, sessions: Sessions, host: str, moves: Moves | None) -> web.Application:
+def make_app(
+    desk: Desk, sessions: Sessions, host: str, moves: Moves | None, calendar: Calendar | None
+) -> web.Application:
     """The application for a dashboard that listens on ``host``."""
-    dashboard = Dashboard(desk, sessions, moves)
+    dashboard = Dashboard(desk, sessions, moves, calendar)
     app = web.Application(
         middlewares=[_explaining(dashboard), make_guard(sessions, host)], client_max_size=LARGEST_FORM
     )
@@ -172,7 +184,7 @@ def _explaining(dashboard: Dashboard) -> Middleware:
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            problem = Problem(HTTPStatus(error.status).phrase, error.text or "")
+            problem = Problem(HTTPStatus(error.status).phrase, _said(error, request))
             return dashboard.show(request, "problem.html", error.status, problem=problem)
         except UserError as error:
             status = 503 if isinstance(error, StoreError) else 422
@@ -180,6 +192,16 @@ def _explaining(dashboard: Dashboard) -> Middleware:
             return dashboard.show(request, "problem.html", status, problem=problem)
 
     return explaining
+
+
+def _said(error: web.HTTPException, request: web.Request) -> str:
+    """Our words where there are any; aiohttp's own say no more than the title."""
+    text = error.text or ""
+    if text != f"{error.status}: {error.reason}":
+        return text
+    if error.status == HTTPStatus.NOT_FOUND:
+        return f"there is no page at {request.path[:200]}"
+    return f"{request.method} {request.path[:200]} is nothing that can be done here"
 
 
 def _own_path(path: str) -> str:

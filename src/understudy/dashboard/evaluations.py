@@ -41,7 +41,7 @@ class Evaluations(NamedTuple):
 
     now: float
     entries: list[Entry]
-    """Newest first."""
+    """Newest first; behind them what cannot be read."""
 
 
 class Evaluation(NamedTuple):
@@ -59,12 +59,14 @@ def page(desk: Desk, query: Mapping[str, str]) -> Evaluations:
     """Every certificate within two folders of the config, or in the drill's."""
     del query
     entries = [_entry(desk, path) for path in _found(desk)]
-    return Evaluations(desk.now(), sorted(entries, key=lambda e: (-e.written_at, e.folder)))
+    return Evaluations(
+        desk.now(), sorted(entries, key=lambda e: (e.certificate is None, -e.written_at, e.folder))
+    )
 
 
 def one(desk: Desk, query: Mapping[str, str]) -> Evaluation | None:
     """The certificate called ``query["name"]``; None when there is none that can be read."""
-    entry = _named(desk, query["name"])
+    entry = named(desk, query["name"])
     if entry is None or entry.certificate is None:
         return None
     plots = [e_plot(candidate.proof) for candidate in entry.certificate.candidates]
@@ -74,10 +76,16 @@ def one(desk: Desk, query: Mapping[str, str]) -> Evaluation | None:
 
 def certificate_page(desk: Desk, name: str) -> str | None:
     """The self-contained page beside a certificate; None when there is none."""
-    entry = _named(desk, name)
+    entry = named(desk, name)
     if entry is None or not entry.has_page:
         return None
     return entry.path.with_name(PAGE).read_text(errors="replace")
+
+
+def named(desk: Desk, name: str) -> Entry | None:
+    """The certificate of this name; None where there is none."""
+    path = next((path for path in _found(desk) if _name(path) == name), None)
+    return _entry(desk, path) if path else None
 
 
 def read_in(folder: Path) -> Certificate | None:
@@ -101,11 +109,6 @@ def _found(desk: Desk) -> Iterator[Path]:
             for path in folder.glob(pattern):
                 seen.setdefault(path.resolve(), path)
     return iter(seen.values())
-
-
-def _named(desk: Desk, name: str) -> Entry | None:
-    path = next((path for path in _found(desk) if _name(path) == name), None)
-    return _entry(desk, path) if path else None
 
 
 def _name(path: Path) -> str:

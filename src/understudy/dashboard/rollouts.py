@@ -1,52 +1,30 @@
-"""Where each alias leads, the trial it is in with its evidence, how it came to that, and what operators do.
+"""Where each alias leads, the trial it is in with its evidence, how it came to that, and when one must begin.
 
-What a button does is the rollout room's business: its functions are handed in, for that room stands beside
-this one. Evidence is what the controller left in the store at its last look; `LookShown` names what is shown
-of it. It ignores who may press the buttons (guard).
+Evidence is what the controller left in the store at its last look; `LookShown` names what is shown of it. It
+ignores what operators ask for (orders) and who may press the buttons (guard).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import datetime as dt
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 from markupsafe import Markup
 
-from understudy.config import Alias, Rollout
-from understudy.dashboard import chart
-from understudy.dashboard.chart import Line
+from understudy.config import Rollout
+from understudy.dashboard import chart, evaluations
+from understudy.dashboard.calendar import Calendar, Row
+from understudy.dashboard.chart import Line, Mark
 from understudy.dashboard.desk import Binding, Desk
-from understudy.errors import InputError
-from understudy.traffic.store import Route, Store
+from understudy.traffic.store import Route
 
 HISTORY = 100
+LONGEST_DAYS = 365.0
+"""A trial that would take longer is none: the traffic is too little."""
 SILENT_S = 90.0
 """A look older than this says that nobody takes the trial through its course."""
-STARTING = ("start", "move")
-"""What needs a model to go to."""
-DEEDS = ("start", "pause", "resume", "abort", "move", "back")
-"""What the buttons do."""
-
-
-class Order(NamedTuple):
-    """What an operator asked for."""
-
-    do: str
-    """One of `DEEDS`."""
-    alias: str
-    to: str
-    """ENDPOINT/MODEL; empty where `do` needs none."""
-    version: int
-    """Of the route the operator saw; a route that has moved on since is not touched."""
-    by: str
-    reason: str
-
-
-Act = Callable[[Store, Order, Alias | None], object]
-"""Carries an order out; the alias's entry in the config is its first route."""
-Moves = Mapping[str, Act]
-"""For each of `DEEDS` what it does."""
 
 
 class GuardShown(msgspec.Struct, frozen=True):
@@ -97,6 +75,15 @@ class TrialShown(NamedTuple):
     path: Markup | None
 
 
+class Proof(NamedTuple):
+    """A certificate a trial may rest on."""
+
+    name: str
+    """In addresses."""
+    shown: str
+    """Its folder and whom it passed."""
+
+
 class AliasRoute(NamedTuple):
     """One alias and its history."""
 
@@ -108,6 +95,12 @@ class AliasRoute(NamedTuple):
     before: str
     """Where it would go back to; empty when there is nowhere."""
     trial: TrialShown | None
+    due: Row | None
+    """By when a trial must begin; None where nobody tells."""
+    late: bool
+    """That day is over, and no trial has begun."""
+    proofs: list[Proof]
+    """Certificates that passed somebody for this alias."""
 
 
 class Rollouts(NamedTuple):
@@ -122,55 +115,30 @@ class Rollouts(NamedTuple):
     """Known targets to choose from; any other may be typed."""
     done: str
     """Alias just changed; empty otherwise."""
+    longest: float = LONGEST_DAYS
 
 
-def carry_out(desk: Desk, order: Order, moves: Moves) -> None:
-    """Do what an operator asked for.
-
-    Raises InputError for an unknown alias or endpoint, and when somebody else changed it in the meantime.
-    """
-    bound = desk.bindings().get(order.alias)
-    if bound is None:
-        raise InputError(f"no alias {order.alias!r}", expected="one of: " + ", ".join(desk.bindings()))
-    if bound.version != order.version:
-        raise InputError(
-            f"{order.alias} was changed by somebody else: it is at version {bound.version}",
-            expected=f"version {order.version}, which the page was made from",
-            next_step="open the page again, and look who changed it and why",
-        )
-    if order.do in STARTING:
-        desk.config.endpoint_of(order.to)
-    moves[order.do](desk.store, order, desk.config.aliases.get(order.alias))
-
-
-def page(desk: Desk, query: Mapping[str, str], movable: bool) -> Rollouts:
-    """Read the page. Raises StoreError."""
+def page(desk: Desk, query: Mapping[str, str], calendar: Calendar | None) -> Rollouts:
+    """Read the page; without a calendar nothing is movable. Raises StoreError."""
     history: dict[str, list[Route]] = {}
     for route in reversed(desk.store.route_history()):
         history.setdefault(route.alias, []).append(route)
     current, looks = desk.store.routes(), desk.store.looks()
+    due = calendar.rows(desk) if calendar else {}
+    today = dt.datetime.fromtimestamp(desk.now(), dt.UTC).date()
+    proofs = _proofs(desk) if calendar else {}
     routes: list[AliasRoute] = []
     for name, binding in desk.bindings().items():
         past, route = history.get(name, []), current.get(name)
         trial = _trial(desk, route, looks.get(name)) if route and route.candidate else None
-        routes.append(AliasRoute(binding, route, past[:HISTORY], _before(past), trial))
+        row = due.get(name)
+        late = trial is None and _late(row, today)
+        routes.append(
+            AliasRoute(binding, route, past[:HISTORY], _before(past), trial, row, late, proofs.get(name, []))
+        )
     routes.sort(key=lambda each: each.trial is None)
-    return Rollouts(desk.now(), routes, movable, _targets(desk, routes), query.get("moved", ""))
-
-
-def order_of(form: Mapping[str, str], by: str) -> Order:
-    """What a form asks for. Raises InputError for one that was filled in wrongly."""
-    do, to = form.get("do", ""), form.get("to", "").strip()
-    if do not in DEEDS:
-        raise InputError(f"cannot do {do[:40]!r}", expected=f"one of: {', '.join(DEEDS)}")
-    if do in STARTING and "/" not in to.strip("/"):
-        raise InputError(f"cannot move to {to!r}", expected="ENDPOINT/MODEL", next_step="fill in where to")
-    version = form.get("version", "")
-    if not (version.isascii() and version.isdigit() and len(version) < 10):
-        raise InputError(f"version {version[:40]!r}", expected="the version the page was made from")
-    reason = form.get("reason", "").strip() or f"{do} by hand"
-    target = to if do in STARTING else ""
-    return Order(do, form.get("alias", ""), target, int(version), by, reason[:500])
+    done = query.get("moved", "")
+    return Rollouts(desk.now(), routes, calendar is not None, _targets(desk, routes), done)
 
 
 def _trial(desk: Desk, route: Route, looked: tuple[float, str] | None) -> TrialShown:
@@ -206,7 +174,10 @@ def _path_chart(look: LookShown) -> Markup:
         Line("no worse", [(float(n), fine) for n, fine, _ in look.path]),
         Line("worse", [(float(n), worse) for n, _, worse in look.path]),
     ]
-    marks = (("may be promoted", look.promote_at), ("is rolled back", look.roll_back_at))
+    marks = (
+        Mark(f"“no worse” at {look.promote_at:,.0f} may be promoted", look.promote_at),
+        Mark(f"“worse” at {look.roll_back_at:,.0f} is rolled back", look.roll_back_at),
+    )
     return chart.lines(
         "Evidence from outcomes", "e-value", lines, "comparisons", marks=marks, logarithmic=True
     )
@@ -215,6 +186,23 @@ def _path_chart(look: LookShown) -> Markup:
 def _before(history: Sequence[Route]) -> str:
     """Where a roll-back leads, by the rule of `rollout.move.roll_back`."""
     return history[1].model if len(history) > 1 and history[0].stage != "rolled_back" else ""
+
+
+def _late(due: Row | None, today: dt.date) -> bool:
+    if due is None or due.latest_start is None or due.days_needed is None:
+        return False
+    return due.latest_start < today and due.days_needed < LONGEST_DAYS
+
+
+def _proofs(desk: Desk) -> dict[str, list[Proof]]:
+    found: dict[str, list[Proof]] = {}
+    for entry in evaluations.page(desk, {}).entries:
+        made = entry.certificate
+        passed = [c.model.name for c in made.candidates if c.proof.verdict == "PASS"] if made else []
+        if made and passed:
+            shown = f"{entry.folder}: {', '.join(passed)} passed"
+            found.setdefault(made.question.alias, []).append(Proof(entry.name, shown))
+    return found
 
 
 def _targets(desk: Desk, routes: Sequence[AliasRoute]) -> list[str]:

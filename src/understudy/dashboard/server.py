@@ -14,9 +14,10 @@ from aiohttp import web
 
 from understudy.config import Config, Dashboard, resolve_secret
 from understudy.dashboard.app import make_app
+from understudy.dashboard.calendar import Calendar
 from understudy.dashboard.desk import Desk
 from understudy.dashboard.guard import is_loopback
-from understudy.dashboard.rollouts import Moves
+from understudy.dashboard.orders import Moves
 from understudy.dashboard.sessions import Sessions
 from understudy.errors import AddressError, InputError
 
@@ -24,18 +25,23 @@ from understudy.errors import AddressError, InputError
 class RunningDashboard:
     """A dashboard that answers; `stop` ends it."""
 
-    def __init__(self, runner: web.AppRunner, desk: Desk, url: str) -> None:
+    def __init__(self, runner: web.AppRunner, desk: Desk, calendar: Calendar | None, url: str) -> None:
         self._runner = runner
         self._desk = desk
+        self._calendar = calendar
         self.url = url
         """Address of the first page, without a slash at the end."""
 
     async def warm(self) -> None:
         """Read beforehand what the first reader would wait for."""
         await asyncio.to_thread(self._desk.warm)
+        if self._calendar is not None:
+            await asyncio.to_thread(self._calendar.rows, self._desk)
 
     async def stop(self) -> None:
         await self._runner.cleanup()
+        if self._calendar is not None:
+            await asyncio.to_thread(self._calendar.close)
         self._desk.close()
 
 
@@ -50,7 +56,9 @@ async def start(config: Config, *, moves: Moves | None = None) -> RunningDashboa
     key = resolve_secret(settings.admin_key, Path(config.root))
     _refuse_open(settings, host, key)
     desk = Desk(config)
-    runner = web.AppRunner(make_app(desk, Sessions(key), host, moves), access_log=None, shutdown_timeout=2.0)
+    calendar = Calendar(moves.calendar) if moves else None
+    app = make_app(desk, Sessions(key), host, moves, calendar)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=2.0)
     try:
         await runner.setup()
         await web.TCPSite(runner, host.strip("[]"), int(port)).start()
@@ -62,7 +70,7 @@ async def start(config: Config, *, moves: Moves | None = None) -> RunningDashboa
             expected="a free HOST:PORT",
             next_step="understudy dashboard --listen 127.0.0.1:0 takes any free port",
         ) from error
-    return RunningDashboard(runner, desk, f"http://{host}:{runner.addresses[0][1]}")
+    return RunningDashboard(runner, desk, calendar, f"http://{host}:{runner.addresses[0][1]}")
 
 
 def serve_dashboard(

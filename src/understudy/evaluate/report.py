@@ -70,6 +70,15 @@ class Row(NamedTuple):
     note: str = ""
 
 
+def script_hash() -> str:
+    """SHA-256 of the page's one script in base64, as a content-security policy names it."""
+    return base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
+
+
+def _script() -> str:
+    return (TEMPLATES / "filter.js").read_text(encoding="utf-8")
+
+
 def render(certificate: Certificate, encoded: bytes) -> str:
     """The page of a certificate; ``encoded`` is `certificate.json`, whose SHA-256 the page names."""
     import jinja2
@@ -83,11 +92,11 @@ def render(certificate: Certificate, encoded: bytes) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(points=points, share=share, usd=usd, count=count, day=day, e_value=e_value)
-    script = (TEMPLATES / "filter.js").read_text(encoding="utf-8")
+    script = _script()
     return environment.get_template("certificate.html").render(
         certificate=certificate,
         script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script_hash=script_hash(),
         rests_on=RESTS_ON,
         digest=hashlib.sha256(encoded).hexdigest(),
         title=_title(certificate),

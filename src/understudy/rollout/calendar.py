@@ -94,10 +94,9 @@ def traffic_of(store: Store, alias: str, now: float) -> Traffic:
     since = now - LOOK_BACK_DAYS * DAY_S
     hours = [hour for hour in store.hours(since=since) if hour.alias == alias]
     calls = sum(hour.calls for hour in hours)
-    latest = store.shapes(alias=alias, latest=SAMPLE)
-    if not calls or not latest:
+    found = list(store.calls(alias=alias, newest_first=True, limit=SAMPLE)) if calls else []
+    if not found:
         return Traffic(0.0, 0.0, WIDEST)
-    found = list(store.calls(alias=alias, newest_first=True, limit=SAMPLE))
     tasks = {stored.call.task_id or stored.call.key for stored in found}
     days = min(LOOK_BACK_DAYS, max(1.0, (now - min(hour.hour for hour in hours) * 3600.0) / DAY_S))
     per_task = len(found) / len(tasks)
