@@ -28,6 +28,13 @@ class Bar(NamedTuple):
     values: Sequence[float]
 
 
+class Mark(NamedTuple):
+    """A threshold: a horizontal line with its name."""
+
+    name: str
+    value: float
+
+
 class Line(NamedTuple):
     """One series of points by rising x."""
 
@@ -61,7 +68,9 @@ def bars(title: str, unit: str, columns: Sequence[Bar], series: Sequence[str], x
     ]
     legend = [_legend("fill", n, name) for n, name in enumerate(series)] if len(series) > 1 else []
     names = [column.label for column in columns]
-    table = _table(x_label, [(n, [c.values[s] for c in columns]) for s, n in enumerate(series)], names, unit)
+    table = _table(
+        title, x_label, [(n, [c.values[s] for c in columns]) for s, n in enumerate(series)], names, unit
+    )
     axis = _y_axis(ticks, y, [short(tick) for tick in ticks])
     inner = [*axis, *body, *([] if top else [_EMPTY.format(x=WIDTH / 2, y=HEIGHT / 2)])]
     return _figure(title, unit, x_label, inner, legend, table)
@@ -73,26 +82,30 @@ def lines(
     series: Sequence[Line],
     x_label: str,
     *,
-    marks: Sequence[tuple[str, float]] = (),
+    marks: Sequence[Mark] = (),
     logarithmic: bool = False,
 ) -> Markup:
-    """Lines over a number; ``marks`` are named horizontal thresholds. A ``logarithmic`` axis shows powers of
-    ten from 0.001 on."""
+    """Lines over a number. A ``logarithmic`` axis shows powers of ten from 0.001 to a hundred times the
+    highest of ``marks``: what lies beyond is drawn at its edge, where it decides nothing more."""
     if logarithmic:
-        series = [line._replace(points=[(x, _log(y)) for x, y in line.points]) for line in series]
-        marks = [(name, _log(value)) for name, value in marks]
+        most = 100 * max((mark.value for mark in marks), default=1e12)
+        series = [line._replace(points=[(x, _log(y, most)) for x, y in line.points]) for line in series]
+        marks = [mark._replace(value=_log(mark.value, most)) for mark in marks]
     points = [point for line in series for point in line.points]
-    xs, ys = [x for x, _ in points] or [0.0], [y for _, y in points] + [value for _, value in marks] or [0.0]
+    # a mark's name stands above its line, so there must be room above the highest
+    above = [mark.value + (0.6 if logarithmic else 0.0) for mark in marks]
+    xs, ys = [x for x, _ in points] or [0.0], [y for _, y in points] + above or [0.0]
     y_ticks, x_ticks = nice_ticks(min(ys), max(ys)), nice_ticks(min(xs), max(xs))
     x = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     body = [_tick_below(x(value), short(value)) for value in x_ticks if min(xs) <= value <= max(xs)]
-    for name, value in marks:
+    for _, value in marks:
         body.append(f'<path class="mark" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
-        body.append(f'<text class="tick" x="{LEFT + 5}" y="{y(value) - 4:.1f}">{escape(name)}</text>')
     for number, line in enumerate(series):
         path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line.points)
         body.append(f'<polyline class="line{number}" points="{path}"/>')
+    for name, value in marks:  # on top of the lines, or these would cross them out
+        body.append(f'<text class="tick" x="{LEFT + 5}" y="{y(value) - 4:.1f}">{escape(name)}</text>')
     legend = [_legend("line", n, line.name) for n, line in enumerate(series)]
     named = [_power(tick) if logarithmic else short(tick) for tick in y_ticks]
     inner = [
@@ -103,8 +116,8 @@ def lines(
     return _figure(title, unit, x_label, inner, legend, "")
 
 
-def _log(value: float) -> float:
-    return math.log10(max(value, 1e-3))
+def _log(value: float, most: float) -> float:
+    return math.log10(min(max(value, 1e-3), most))
 
 
 def _power(exponent: float) -> str:
@@ -165,7 +178,7 @@ def _figure(
 
 
 def _table(
-    x_label: str, series: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit: str
+    title: str, x_label: str, series: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], unit: str
 ) -> str:
     heads = "".join(f'<th scope="col" class="num">{escape(name)} ({escape(unit)})</th>' for name, _ in series)
     rows = "".join(
@@ -175,4 +188,9 @@ def _table(
         for place, label in enumerate(names)
     )
     head = f'<thead><tr><th scope="col">{escape(x_label)}</th>{heads}</tr></thead>'
-    return f"<details><summary>Numbers</summary><table>{head}<tbody>{rows}</tbody></table></details>"
+    table = f"<table>{head}<tbody>{rows}</tbody></table>"
+    label = f"Numbers: {title}"
+    return (
+        f'<details><summary>Numbers</summary><div class="wide" tabindex="0" role="group" '
+        f'aria-label="{escape(label)}">{table}</div></details>'
+    )

@@ -54,7 +54,7 @@ class Desk:
         }
         for name, route in self.store.routes().items():
             bound[name] = Binding(
-                name, route.model, route.fallback, route.stage, route.version, route.candidate
+                name, route.model, route.fallback, route.stage, route.version, route.candidate, route.share
             )
         return bound
 
@@ -80,6 +80,8 @@ class Binding(NamedTuple):
     """Of the route; 0 where there is none."""
     candidate: str = ""
     """ENDPOINT/MODEL on trial; empty when none is."""
+    share: float = 0.0
+    """Of tasks that the candidate has in a canary."""
 
 
 class Use(NamedTuple):

@@ -68,9 +68,10 @@ def shown(call: Call) -> Shown:
 
 
 def preview(call: Call) -> tuple[str, str]:
-    """The last thing asked and the first thing answered, in one line each."""
+    """The last thing a user asked (else the last thing at all) and the first answered, in one line each."""
     read = shown(call)
-    asked = _first_text(read.asked[-1:]) or _first_text(reversed(read.asked))
+    of_users = [turn for turn in reversed(read.asked) if turn.role == "user"]
+    asked = _first_text(of_users) or _first_text(reversed(read.asked))
     return _line(asked), _line(read.error or _first_text(read.answered))
 
 

@@ -24,11 +24,14 @@ def short(value: float) -> str:
 
 
 def usd(value: float | None) -> str:
-    """Cents for what is large, two digits that matter for what is small, a dash for what is unknown."""
+    """Cents for what is large, two digits that matter for what is small (what a million cost for what is
+    tiny), a dash for what is unknown."""
     if value is None:
         return "–"
     if value == 0:
         return "$0"
+    if abs(value) < 1e-5:
+        return f"${value * 1e6:.2g} per M"
     if abs(value) >= 0.995:
         return f"${value:,.2f}"
     digits = min(2 - math.ceil(math.log10(abs(value))), 8)
@@ -43,10 +46,10 @@ def percent(share: float) -> str:
 
 
 def evidence(value: float) -> str:
-    """An e-value: below a hundredth nothing more is to be learnt from its digits."""
+    """An e-value: below a hundredth and beyond a million nothing more is to be learnt from its digits."""
     if value < 0.01:
         return "<0.01"
-    return f"{value:.3g}" if value < 1000 else count(value) if value < 1e6 else short(value)
+    return f"{value:.3g}" if value < 1000 else count(value) if value < 1e6 else ">1,000,000"
 
 
 def signed(points: float) -> str:

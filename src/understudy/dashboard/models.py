@@ -23,7 +23,7 @@ from understudy.dashboard.desk import Desk, Use, by, total
 
 MONTH_DAYS = 30
 TIER_DAYS = 91
-LISTED = 100
+LISTED = 50
 
 
 class OwnUse(NamedTuple):
@@ -92,7 +92,7 @@ def page(desk: Desk, query: Mapping[str, str]) -> Models:
         matching = [m for m in desk.catalog if m.id == sought]
     else:
         matching = [m for m in desk.catalog if _matches(m, sought.lower(), vendor, ending)]
-    matching.sort(key=lambda m: (-shares.get(m.id, 0.0), _turn(m, now) if ending else 0, m.id))
+    matching.sort(key=lambda m: (-shares.get(m.id, 0.0), _turn(m, now) if ending else _gone(m, now), m.id))
     return Models(
         used=used,
         total=everything,
@@ -146,6 +146,12 @@ def _entry(desk: Desk, facts: ModelFacts, share: float, now: float) -> Entry:
 def _matches(facts: ModelFacts, sought: str, vendor: str, ending: bool) -> bool:
     named = any(sought in name.lower() for name in (facts.id, *facts.names))
     return named and vendor in ("", facts.vendor) and not (ending and facts.retires is None)
+
+
+def _gone(facts: ModelFacts, now: float) -> bool:
+    """What nobody can call any more is named last."""
+    days = _days_left(facts, now)
+    return days is not None and days < 0
 
 
 def _turn(facts: ModelFacts, now: float) -> int:

@@ -102,14 +102,14 @@ class Own(NamedTuple):
 
     now: float
     entries: list[Entry]
-    """Newest first."""
+    """Newest first; behind them what cannot be read."""
 
 
 def page(desk: Desk, query: Mapping[str, str]) -> Own:
     """Every report in an own-model folder of the drill or beside the config."""
     del query
     entries = [_entry(desk, path) for path in _found(desk)]
-    return Own(desk.now(), sorted(entries, key=lambda e: (-e.written_at, e.folder)))
+    return Own(desk.now(), sorted(entries, key=lambda e: (e.report is None, -e.written_at, e.folder)))
 
 
 def _found(desk: Desk) -> Iterator[Path]:

@@ -24,7 +24,7 @@ LATEST = 10_000
 MONTH_DAYS = 30
 KEPT_S = 300.0
 MOST_KEPT = 20
-LISTED = 25
+LISTED = 20
 
 _LOCK = threading.Lock()
 

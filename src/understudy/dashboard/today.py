@@ -78,6 +78,8 @@ class Today(NamedTuple):
     feedback: list[Said]
     snapshot: dt.date
     stale_days: int
+    gateway: str
+    """HOST:PORT applications are pointed at."""
     roles: dict[Level, str] = ROLES
 
 
@@ -102,6 +104,7 @@ def page(desk: Desk, query: Mapping[str, str]) -> Today:
         feedback=_feedback(desk),
         snapshot=desk.catalog.read,
         stale_days=desk.catalog.stale_days(dt.datetime.fromtimestamp(now, dt.UTC).date()),
+        gateway=desk.config.gateway.listen,
     )
 
 
