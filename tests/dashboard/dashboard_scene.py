@@ -15,6 +15,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from understudy.rollout.look import look_at
 from understudy.rollout.move import move
 from understudy.rollout.standing import Pair, Standing
 from understudy.rollout.trials import Order, abort, begin, pause
+from understudy.traffic.database import open_database
+from understudy.traffic.hours import Hour
 from understudy.traffic.record import Attempt, Call, Feedback, Record, new_key
 from understudy.traffic.sample import Exchange
 from understudy.traffic.store import Store, open_store
@@ -44,6 +47,9 @@ url = "sqlite:///traffic.db"
 listen = "127.0.0.1:0"
 admin_key = "file:key"
 [rollout]
+margin = 0.15
+shares = [0.05, 0.25, 1.0]
+tasks = [20, 50, 50]
 [endpoints.openai]
 base_url = "http://127.0.0.1:1/v1"
 [endpoints.anthropic]
@@ -74,6 +80,8 @@ candidates = ["local/student"]
 """
 KEY = "correct horse battery staple"
 DAY_S = 86_400.0
+BUSY = 400
+"""Calls that each recorded one stands for in the sums: figures as a busy team has them, in no time."""
 QUESTIONS = (
     "My parcel [order:9f31c07a] was due on Monday. Where is it? You can reach me at [email:1f3a9c0d].",
     "Summarise this ticket in two sentences for the handover: the customer was charged twice for one "
@@ -108,6 +116,10 @@ def build(folder: Path) -> Config:
     with open_store(config.store.url, folder) as store:
         fill(store, time.time())
         trials(store, config, time.time())
+    with closing(open_database(config.store.url, folder)) as database:
+        grown = ", ".join(f"{name} = {name} * {BUSY}" for name in Hour._fields[3:])
+        for table in ("hours", "days"):
+            database.execute(f"UPDATE {table} SET {grown}")
     evaluations(folder)
     own_models(folder)
     return config
@@ -271,7 +283,7 @@ def _price(call: Call) -> Cost | None:
 
 def trials(store: Store, config: Config, now: float) -> None:
     """Every state an alias can be in: canary, shadow, replay, held, rolled back, promoted, never moved."""
-    settings = Rollout()
+    settings = config.rollout or Rollout()
 
     def start(alias: str, candidate: str, by: str, reason: str, **more: float) -> None:
         begin(
@@ -290,8 +302,8 @@ def trials(store: Store, config: Config, now: float) -> None:
 
     start("assistant", "local/student", "ada", "gpt-4.1 retires in January", deadline=now + 40 * DAY_S)
     at_stage("assistant", "shadow", 0.0, "40 of 40 recorded calls replayed", 0, 0)
-    at_stage("assistant", "canary", 0.01, "40 copies answered in the shadow", 0, 0)
-    at_stage("assistant", "canary", 0.05, "20 tasks, no guard against it", 300, 7)
+    at_stage("assistant", "canary", 0.05, "40 copies answered in the shadow", 0, 0)
+    at_stage("assistant", "canary", 0.25, "20 tasks, no guard against it", 300, 7)
     start("summaries", "mistral/mistral-small-2603", "grace", "a third of the price")
     at_stage("summaries", "canary", 0.25, "100 tasks, no worse", 200, 3)
     abort(store, "summaries", Order("understudy", "errors: e-value 1,204, 1,000 rolls it back"))
@@ -326,22 +338,24 @@ def looked_at(store: Store, alias: str, pairs: int, worse: int, now: float) -> N
 
 def evaluations(folder: Path) -> None:
     """Three certificates, made as `understudy evaluate` makes them: passed, failed, undecided."""
-    for name, alias, candidates, items, share in (
-        ("drill", "assistant", {"local/student": 0.97, "openai/gpt-5-nano": 0.94}, 320, 40),
-        ("summaries", "summaries", {"mistral/mistral-small-2603": 0.55}, 160, 20),
-        ("translate", "translate", {"anthropic/claude-haiku-4-5": 0.9}, 60, 9),
+    for name, alias, candidates, items in (
+        ("drill", "assistant", {"local/student": 0.97, "openai/gpt-5-nano": 0.94}, 320),
+        ("summaries", "summaries", {"mistral/mistral-small-2603": 0.55}, 160),
+        ("translate", "translate", {"anthropic/claude-haiku-4-5": 0.9}, 20),
     ):
-        _evaluate(folder / name, alias, candidates, items, share)
+        asyncio.run(evaluate(folder / name, alias, candidates, items))
+        _with_benchmarks(folder / name)
 
 
-def _evaluate(folder: Path, alias: str, candidates: dict[str, float], items: int, share: int) -> None:
+async def evaluate(folder: Path, alias: str, candidates: dict[str, float], items: int) -> None:
+    """A certificate on ``items`` tickets of candidates that are right in such shares of them."""
     evidence = folder / certificates.EVIDENCE
     settings = configuration.Evaluate(margin=0.1)
     rng = random.Random(items)
     asked = [_exchange(rng, n, alias) for n in range(items)]
     for name, right in candidates.items():
         model = ScriptedModel(name, _answering(name, right))
-        asyncio.run(prove(model, asked, settings, evidence=evidence, candidates=len(candidates)))
+        await prove(model, asked, settings, evidence=evidence, candidates=len(candidates))
     sheets = [
         ModelSheet(
             model=name, parameters=parameters, context_length=context, modalities=("text",), wall_s=60.0,
@@ -362,11 +376,13 @@ def _evaluate(folder: Path, alias: str, candidates: dict[str, float], items: int
             retires="2027-01-14", reason="openai deprecations page, read 2026-11-20",
         ),
     )  # fmt: skip
-    _with_benchmarks(folder, write(folder))
+    write(folder)
 
 
-def _with_benchmarks(folder: Path, made: certificates.Certificate) -> None:
-    """Figures of two public benchmarks, which take minutes to measure."""
+def _with_benchmarks(folder: Path) -> None:
+    """Figures of two public benchmarks, which take minutes to measure; with them it verifies no more."""
+    path = folder / certificates.CERTIFICATE
+    made = msgspec.json.decode(path.read_bytes(), type=certificates.Certificate)
 
     def measured(model: certificates.Model, shift: float) -> certificates.Model:
         results = {
@@ -388,7 +404,7 @@ def _with_benchmarks(folder: Path, made: certificates.Certificate) -> None:
             for n, c in enumerate(made.candidates)
         ],
     )
-    (folder / certificates.CERTIFICATE).write_bytes(certificates.encode(made))
+    path.write_bytes(certificates.encode(made))
 
 
 def _exchange(rng: random.Random, number: int, alias: str) -> Exchange:

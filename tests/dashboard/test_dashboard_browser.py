@@ -8,27 +8,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
-from test_dashboard_evaluations import REPORT, drill  # noqa: F401 - a finished evaluation
+from dashboard_scene import CONFIG as SCENE
+from dashboard_scene import KEY, build
 
-from understudy.config import Config, Dashboard, Rollout
-from understudy.protocol import Cost, Usage
-from understudy.rollout.look import look_at
-from understudy.rollout.standing import Pair, Standing
-from understudy.rollout.trials import Order, begin
-from understudy.traffic.record import Call, Feedback, new_key
-from understudy.traffic.store import Store
+from understudy import config as configuration
+from understudy.config import Config
+from understudy.traffic.store import open_store
 
 playwright = pytest.importorskip("playwright.async_api", reason="pip install playwright")
-axe = pytest.importorskip(
-    "axe_playwright_python.async_playwright", reason="pip install axe-playwright-python"
-)
+axe = pytest.importorskip("axe_playwright_python.base", reason="pip install axe-playwright-python")
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = os.environ.get("UNDERSTUDY_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -38,67 +31,24 @@ pytestmark = [
 ]
 
 Browse = Callable[..., Awaitable[Any]]
-MakeCall = Callable[..., Call]
-KEY = "correct horse battery staple"
 PAGES = ("/", "/traffic", "/models", "/plan", "/evaluations", "/rollouts", "/own")
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
-@pytest.fixture
-def locked(config: Config, tmp_path: Path) -> Config:
-    (tmp_path / "key").write_text(KEY)
-    settings = Dashboard(listen="127.0.0.1:0", admin_key="file:key")
-    return msgspec.structs.replace(config, dashboard=settings)
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dashboard in full use, to be copied by whoever changes it."""
+    folder = tmp_path_factory.mktemp("scene")
+    build(folder)
+    return folder
 
 
 @pytest.fixture
-def filled(store: Store, config: Config, make_call: MakeCall, drill: Path, tmp_path: Path) -> list[Call]:  # noqa: F811
-    """A store with a month of traffic and a trial, an evaluation and an own model on disk."""
-    now = time.time()
-    calls = [
-        make_call(
-            at=now - number * 2900,
-            prompt=f"Is question {number} about the weather in [email:1f3a9c0d]?",
-            answer="yes, it is " * (number % 9 + 1),
-            status=503 if number % 11 == 0 else 200,
-            target="local/student" if number % 7 == 0 else "openai/gpt-4-0613",
-            usage=Usage(prompt_tokens=900 + number, completion_tokens=40 + number % 50, cached_tokens=100),
-            task_id=f"t-{number // 3}",
-            tags={"team": "care"},
-            total_s=0.4 + number % 5 / 3,
-        )
-        for number in range(800)
-    ]
-    store.insert(
-        calls, "s", 1, price=lambda call: Cost(0.004 + len(call.request) / 1e6, "2026-01-01", "test")
-    )
-    said = [
-        Feedback(key=new_key(), call=call.key, at=call.at, metric="success", value=float(n % 4 > 0))
-        for n, call in enumerate(calls[:200])
-    ]
-    store.insert(said, "s", 2)
-    begin(
-        store,
-        "assistant",
-        "local/student",
-        Order("ada", "it retires"),
-        Rollout(),
-        initial=config.aliases["assistant"],
-    )
-    route, standing = store.route("assistant"), Standing(Rollout())
-    assert route is not None
-    standing.add_pairs([Pair(n == 9, False, False, float(n % 5 > 0), float(n % 7 > 1)) for n in range(300)])
-    seen = look_at(route._replace(stage="canary", share=0.05), standing, Rollout())
-    store.set_route(
-        "assistant", route.model, expected_version=route.version, fallback=route.fallback, stage="canary",
-        by="understudy", reason="40 copies answered in the shadow", candidate="local/student", share=0.05,
-        origin=route.origin, deadline=now + 40 * 86_400,
-    )  # fmt: skip
-    store.set_look("assistant", now, msgspec.json.encode(seen).decode())
-    (tmp_path / "drill" / "own").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "drill" / "own" / "report.json").write_bytes(msgspec.json.encode(REPORT))
-    return calls
+def config(scene: Path, tmp_path: Path) -> Config:
+    folder = tmp_path / "scene"
+    shutil.copytree(scene, folder)
+    return configuration.parse(SCENE, "understudy.toml", folder)
 
 
 @pytest.fixture
@@ -116,12 +66,15 @@ class Visit:
         self.tab, self.url = tab, url
         self.complaints: list[str] = []
         tab.on("console", self._said)
-        tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        tab.on("pageerror", self._raised)
         tab.on("requestfailed", self._failed)
 
     def _said(self, message: Any) -> None:
         if message.type in ("error", "warning"):
             self.complaints.append(f"{message.type}: {message.text}")
+
+    def _raised(self, error: Any) -> None:
+        self.complaints.append(str(error))
 
     def _failed(self, request: Any) -> None:
         # a page left before its picture came; a page asked for in vain is an error of the test itself
@@ -144,16 +97,28 @@ class Visit:
 
 
 @pytest.fixture
-async def visit(chromium: Any, browse: Browse, locked: Config, filled: list[Call]) -> Visit:
-    del filled
-    page = Visit(await chromium.new_page(viewport=WIDE), (await browse(locked)).url)
+async def visit(chromium: Any, browse: Browse, config: Config) -> Visit:
+    page = Visit(await chromium.new_page(viewport=WIDE), (await browse(config)).url)
     await page.sign_in()
     return page
 
 
-async def violations(tab: Any, **options: Any) -> list[str]:
-    found = (await axe.Axe().run(tab, options=options or None)).response["violations"]
+async def violations(tab: Any) -> list[str]:
+    """What axe finds by all its rules."""
+    if not await tab.evaluate("'axe' in window"):
+        await tab.evaluate(axe.AXE_FILE_PATH.read_text())
+    found = (await tab.evaluate("axe.run(document, {resultTypes: ['violations']})"))["violations"]
     return [f"{v['id']}: {[node['html'][:120] for node in v['nodes'][:3]]}" for v in found]
+
+
+async def thin_out(tab: Any) -> None:
+    """Open what is folded, and leave of long tables the rows at their ends: the others are of the same kinds,
+    and axe takes a second for a hundred of them."""
+    await tab.evaluate(
+        "document.querySelectorAll('details').forEach(d => { d.open = true });"
+        "document.querySelectorAll('tbody').forEach(body => {"
+        "  [...body.rows].slice(3, -2).forEach(row => row.remove()) })"
+    )
 
 
 async def beyond(tab: Any) -> int:
@@ -161,30 +126,93 @@ async def beyond(tab: Any) -> int:
     return await tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
-async def test_every_page_is_accessible_and_fits(visit: Visit, filled: list[Call]) -> None:
-    evaluation = await _first_evaluation(visit)
+async def every_page(visit: Visit) -> dict[str, str]:
+    """A name and an address for each; of detail pages one of each kind."""
+    pages = {path.strip("/") or "today": path for path in PAGES}
+    await visit.open("/traffic?alias=receipts")
+    calls = await visit.tab.locator("tbody a[href^='/traffic/']").all()
+    for name, link in zip(("call", "refused"), calls, strict=False):
+        pages[name] = str(await link.get_attribute("href"))
+    await visit.open("/evaluations")
+    link = visit.tab.locator("h2 a[href^='/evaluations/']", has_text="assistant")
+    pages["evaluation"] = str(await link.get_attribute("href"))
+    none, model = "/traffic?alias=nobody&status=xx", "/models?q=openai/gpt-4.1"
+    return pages | {"none": none, "model": model, "gone": "/nothing"}
+
+
+async def look_at_page(visit: Visit, name: str) -> list[str]:
+    """What is wrong with the open page: whether it fits, and axe's rules, narrow in the light and wide in the
+    dark."""
     faults: list[str] = []
-    for path in (*PAGES, f"/traffic/{filled[1].key}", evaluation):
-        name = f"{path.split('/')[1] or 'today'}{'-one' if path.count('/') > 1 else ''}"
-        for width, size in (("wide", WIDE), ("narrow", NARROW)):
-            await visit.tab.set_viewport_size(size)
-            await visit.open(path)
-            if await beyond(visit.tab) > 0:
-                faults.append(f"{path}: wider than a {width} screen")
-            await visit.picture(f"{name}-{width}")
-        faults += [f"{path}: {found}" for found in await violations(visit.tab)]
-    assert faults == []
-    assert visit.complaints == []
-
-
-async def test_dark_pages_have_contrast(visit: Visit, filled: list[Call]) -> None:
+    for width, size in (("wide", WIDE), ("narrow", NARROW)):
+        await visit.tab.set_viewport_size(size)
+        if await beyond(visit.tab) > 0:
+            faults.append(f"{name}: wider than a {width} screen")
+        await visit.picture(f"{name}-{width}-light")
+    await thin_out(visit.tab)
+    if await beyond(visit.tab) > 0:
+        faults.append(f"{name}: wider than a narrow screen when unfolded")
+    faults += [f"{name}: {found}" for found in await violations(visit.tab)]
+    await visit.tab.set_viewport_size(WIDE)
     await visit.tab.emulate_media(color_scheme="dark")
+    await visit.picture(f"{name}-wide-dark")
+    faults += [f"{name}, wide and dark: {found}" for found in await violations(visit.tab)]
+    await visit.tab.emulate_media(color_scheme="light")
+    return faults
+
+
+async def test_every_page_is_accessible_and_fits(visit: Visit) -> None:
     faults: list[str] = []
-    for path in ("/", "/rollouts", "/own", f"/traffic/{filled[1].key}"):
+    pages = await every_page(visit)
+    assert len(pages) == 13
+    for name, path in pages.items():
+        await visit.tab.goto(visit.url + path)
+        assert await visit.tab.locator("h1").count() == 1, name
+        faults += await look_at_page(visit, name)
+    assert not faults, "\n".join(faults)
+    assert [text for text in visit.complaints if "404" not in text] == []  # /nothing is one on purpose
+
+
+async def test_forms_and_refusals_are_accessible_and_fit(visit: Visit) -> None:
+    await visit.open("/rollouts")
+    await visit.tab.locator("details", has_text="Move this alias").last.locator("summary").click()
+    form = visit.tab.locator("form", has=visit.tab.get_by_label("Candidate")).last
+    await form.get_by_label("Candidate").fill("local/student")
+    await form.get_by_role("button", name="Start a trial").click()
+    await visit.tab.get_by_role("heading", name="Start a trial of local/student on voice?").wait_for()
+    faults = await look_at_page(visit, "confirm")
+    await visit.open("/rollouts")
+    await visit.tab.get_by_role("button", name="End the trial").first.click()
+    faults += await look_at_page(visit, "confirm-end")
+    await visit.tab.locator("input[name=version]").evaluate("hidden => { hidden.value = '99' }")
+    await visit.tab.get_by_role("button", name="End the trial").click()
+    assert "changed by somebody else" in await visit.tab.locator("main").inner_text()
+    faults += await look_at_page(visit, "refused-order")
+    await visit.tab.get_by_role("button", name="Sign out").click()
+    await visit.tab.get_by_label("Admin key").fill("wrong")
+    await visit.tab.get_by_role("button", name="Sign in").click()
+    assert await visit.tab.get_by_role("alert").inner_text() == "That is not the admin key."
+    faults += await look_at_page(visit, "login")
+    assert not faults, "\n".join(faults)
+    refusals = ("422", "403")
+    assert [text for text in visit.complaints if not any(code in text for code in refusals)] == []
+
+
+async def test_every_page_is_accessible_to_a_newcomer(chromium: Any, browse: Browse, tmp_path: Path) -> None:
+    text = '[dashboard]\nlisten = "127.0.0.1:0"\n[endpoints.openai]\nbase_url = "http://127.0.0.1:1/v1"\n'
+    bare = configuration.parse(text, "understudy.toml", tmp_path)
+    visit = Visit(await chromium.new_page(viewport=NARROW), (await browse(bare)).url)
+    faults: list[str] = []
+    for path in PAGES:
         await visit.open(path)
-        await visit.picture(f"{path.split('/')[1] or 'today'}-dark")
-        faults += [f"{path}: {found}" for found in await violations(visit.tab, runOnly=["color-contrast"])]
-    assert faults == []
+        await visit.picture(f"empty-{path.strip('/') or 'today'}")
+        await thin_out(visit.tab)
+        faults += [f"{path}: {found}" for found in await violations(visit.tab)]
+        assert await beyond(visit.tab) <= 0, path
+    await visit.open("/")
+    assert "Three steps" in await visit.tab.locator("main").inner_text()
+    assert not faults, "\n".join(faults)
+    assert visit.complaints == []
 
 
 async def test_every_link_of_the_pages_opens(visit: Visit) -> None:
@@ -193,22 +221,44 @@ async def test_every_link_of_the_pages_opens(visit: Visit) -> None:
         assert await visit.tab.locator("h1").count() == 1, name
     await visit.tab.get_by_role("link", name="assistant", exact=True).first.click()
     await visit.tab.locator("tbody a[href^='/traffic/']").first.click()
-    assert "weather" in await visit.tab.locator("main").inner_text()
+    assert await visit.tab.get_by_role("heading", name="Asked").is_visible()
+    await visit.open("/evaluations")
+    await visit.tab.locator("h2 a").first.click()
+    await visit.tab.get_by_role("link", name="The self-contained page").click()
+    assert await visit.tab.locator("h1").count() == 1
     assert visit.complaints == []
 
 
-async def test_a_trial_is_paused_resumed_and_ended_by_clicks(visit: Visit, store: Store) -> None:
-    await visit.open("/rollouts")
-    for button, stage in (("Pause", "held"), ("Resume", "canary"), ("End the trial", "rolled_back")):
-        await visit.tab.get_by_role("button", name=button).click()
-        assert await visit.tab.get_by_role("status").inner_text() == "assistant was changed."
-        assert store.route("assistant").stage == stage  # type: ignore[union-attr]
-    await visit.tab.get_by_label("Candidate").first.fill("local/student")
-    await visit.tab.get_by_label("Because").first.fill("once more")
-    async with visit.tab.expect_navigation():
+async def test_a_trial_is_paused_resumed_and_ended_by_clicks(visit: Visit, config: Config) -> None:
+    with open_store(config.store.url, Path(config.root)) as store:
+        await visit.open("/rollouts")
+        card = visit.tab.locator("section.card", has=visit.tab.locator("h2", has_text="assistant"))
+        for button, yes, stage in (
+            ("Pause", "Pause", "held"), ("Resume", "Resume", "canary"),
+            ("End the trial", "End the trial", "rolled_back"),
+        ):  # fmt: skip
+            before = store.route("assistant")
+            await card.get_by_role("button", name=button).click()
+            assert store.route("assistant") == before  # asked, nothing done
+            await visit.tab.get_by_role("button", name=yes).click()
+            assert await visit.tab.get_by_role("status").inner_text() == "assistant was changed."
+            assert store.route("assistant").stage == stage  # type: ignore[union-attr]
+        await card.get_by_text("Move this alias").click()
+        await card.get_by_label("Candidate").fill("local/student")
+        await card.get_by_label("Because").fill("once more")
         await visit.tab.keyboard.press("Enter")
-    assert store.route("assistant").reason == "once more"  # type: ignore[union-attr]
-    assert store.route("assistant").stage == "replay"  # type: ignore[union-attr]
+        await visit.tab.get_by_role("link", name="Change nothing").click()
+        assert store.route("assistant").stage == "rolled_back"  # type: ignore[union-attr]
+        await card.get_by_text("Move this alias").click()
+        await card.get_by_label("Candidate").fill("local/student")
+        await card.get_by_label("To be over by").fill("retirement")
+        await visit.tab.keyboard.press("Enter")
+        await visit.tab.get_by_role("button", name="Start the trial").click()
+        await visit.tab.get_by_role("status").wait_for()
+        route = store.route("assistant")
+        assert route is not None
+        assert (route.stage, route.candidate) == ("replay", "local/student")
+        assert route.deadline > 0
     assert visit.complaints == []
 
 
@@ -220,31 +270,29 @@ async def test_the_keyboard_reaches_the_content_and_shows_where_it_is(visit: Vis
     assert await visit.tab.evaluate("document.activeElement.id") == "main"
     reached: list[str] = []
     here = "document.activeElement"
-    for _ in range(8):
+    for _ in range(16):
         await visit.tab.keyboard.press("Tab")
         reached.append(await visit.tab.evaluate(f"{here}.tagName + ' ' + ({here}.value || '')"))
         if not reached[-1].startswith("BODY"):  # beyond the last one
             assert await visit.tab.evaluate(f"getComputedStyle({here}).outlineStyle") != "none", reached
-    assert {"BUTTON pause", "BUTTON abort"} <= set(reached)
+    assert {"BUTTON pause", "BUTTON abort", "SUMMARY "} <= set(reached)
 
 
 async def test_pages_read_without_scripts_and_print(
-    chromium: Any, browse: Browse, locked: Config, filled: list[Call], tmp_path: Path
+    chromium: Any, browse: Browse, config: Config, tmp_path: Path
 ) -> None:
-    del filled
     tab = await chromium.new_page(java_script_enabled=False, viewport=WIDE)
-    visit = Visit(tab, (await browse(locked)).url)
+    visit = Visit(tab, (await browse(config)).url)
     await visit.sign_in()
+    for path in PAGES:
+        await tab.emulate_media(media="screen")
+        await visit.open(path)
+        assert await tab.locator("h1").is_visible()
+        await tab.emulate_media(media="print")
+        assert not await tab.get_by_role("navigation", name="Pages", exact=True).is_visible()
+        assert await tab.get_by_role("button").filter(visible=True).count() == 0, path
+        await visit.picture(f"{path.strip('/') or 'today'}-print")
     await visit.open("/rollouts")
-    assert await tab.get_by_text("Evidence from outcomes").is_visible()
-    await tab.emulate_media(media="print")
-    assert not await tab.get_by_role("navigation").is_visible()
-    assert not await tab.get_by_role("button", name="Pause").is_visible()
+    assert await tab.get_by_text("Evidence from outcomes").first.is_visible()
     await tab.pdf(path=tmp_path / "page.pdf", format="A4")
     assert (tmp_path / "page.pdf").stat().st_size > 10_000
-    await visit.picture("rollouts-print")
-
-
-async def _first_evaluation(visit: Visit) -> str:
-    await visit.open("/evaluations")
-    return str(await visit.tab.locator("a[href^='/evaluations/']").first.get_attribute("href"))

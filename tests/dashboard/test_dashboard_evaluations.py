@@ -66,7 +66,10 @@ async def test_a_certificate_is_listed_and_opened(browse: Browse, drill: Path) -
     assert "understudy verify drill/certificate.json" in one
     whole = await browser.get(f"{address[1]}/certificate")
     assert whole.text == (drill / "certificate.html").read_text()
-    assert whole.headers["Content-Security-Policy"].startswith("sandbox; default-src 'none'")
+    policy = whole.headers["Content-Security-Policy"]
+    assert policy.startswith("sandbox allow-scripts; default-src 'none'")
+    assert re.findall(r"script-src ([^;]+)", policy) == re.findall(r"script-src ([^;\"]+)", whole.text)
+    assert "allow-same-origin" not in policy
 
 
 async def test_guards_are_shown_in_their_units(browse: Browse, drill: Path) -> None:
@@ -153,7 +156,7 @@ async def test_an_operator_moves_and_moves_back(browse: Browse) -> None:
     browser = await browse()
     first = await browser.get("/rollouts")
     assert "Back to" not in first.text
-    form = {"token": first.token, "alias": "assistant", "version": "0"}
+    form = {"token": first.token, "alias": "assistant", "version": "0", "confirmed": "yes"}
     done = await browser.post("/rollouts", {**form, "do": "move", "to": "local/student", "reason": "PASS"})
     assert done.headers["Location"] == "/rollouts?moved=assistant"
     text = (await browser.get("/rollouts?moved=assistant")).text
@@ -188,6 +191,6 @@ async def test_a_form_filled_in_wrongly_is_explained(
     browser = await browse()
     token = (await browser.get("/rollouts")).token
     form = {"token": token, "alias": "assistant", "version": "0", "to": "local/student", "do": "move"}
-    page = await browser.post("/rollouts", {**form, **fields})
-    assert page.status == 422
-    assert says in page.text
+    done = await browser.post("/rollouts", {**form, **fields, "confirmed": "yes"})
+    assert done.status == 422
+    assert says in done.text

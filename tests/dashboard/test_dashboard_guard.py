@@ -95,7 +95,7 @@ def test_no_key_signs_nobody_in() -> None:
     assert Sessions("").sign_in("") is None
 
 
-MOVE = {"alias": "assistant", "to": "local/student", "version": "0", "do": "move"}
+MOVE = {"alias": "assistant", "to": "local/student", "version": "0", "do": "move", "confirmed": "yes"}
 
 
 async def test_forms_need_their_token(browse: Browse, store: Store) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from understudy import config as configuration
 from understudy.catalog.bindings import Level
+from understudy.cli.dashboard import moves_of
 from understudy.config import Config, Rollout
 from understudy.dashboard import today
 from understudy.dashboard.server import start
@@ -81,8 +82,8 @@ async def test_today_counts_the_last_day_and_month(browse: Browse, store: Store,
     text = (await (await browse()).get("/")).text
     stats = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", text))
     assert "Calls, 24 h 4 10 in 30 days" in stats
-    assert "Failed, 24 h 25.0% 1 calls" in stats
-    assert "Spend, 24 h $1.50 $4.50 in 30 days; 1 calls have no price" in stats
+    assert "Failed, 24 h 25.0% 1 of 4" in stats
+    assert "Spend, 24 h $1.50 $4.50 in 30 days; 1 without a price" in stats
     assert "Tokens, 24 h 3.6 k 10.8 k in 30 days" in stats
     assert "assistant success 0.250 1" in stats
     assert "openai/gpt-4-0613" in stats
@@ -311,11 +312,13 @@ async def test_a_store_that_fails_is_explained(config: Config) -> None:
     def full(*_: object, **__: object) -> None:
         raise StoreError("traffic.db: disk full", next_step="free some space")
 
-    dashboard = await start(config, moves={"move": full})
+    moves = moves_of(config)._replace(acts={"move": full})
+    dashboard = await start(config, moves=moves)
     async with aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as session:
         async with session.get(f"{dashboard.url}/rollouts") as answer:
             token = re.findall(r'name="token" value="([^"]+)"', await answer.text())[0]
         form = {"token": token, "alias": "assistant", "version": "0", "to": "local/student", "do": "move"}
+        form["confirmed"] = "yes"
         async with session.post(f"{dashboard.url}/rollouts", data=form) as answer:
             assert answer.status == 503
             assert "disk full" in await answer.text()
