@@ -311,13 +311,13 @@ def in_flight(items: int, concurrency: int) -> None:
 async def _bare(port: int, items: int, concurrency: int) -> float:
     """CPU-µs a call of the client without an evaluation around it."""
     url = f"http://127.0.0.1:{port}/v1"
-    waiting = iter(range(items))
+    waiting = iter([_exchange(i, "yes").request for i in range(items)])
 
     async with HttpEndpoint("fake/m", url, "m", connections=concurrency) as endpoint:
 
         async def work() -> None:
-            for i in waiting:
-                await endpoint.chat(_exchange(i, "yes").request)
+            for request in waiting:
+                await endpoint.chat(request)
 
         before = time.process_time()
         await side_by_side(work, concurrency)

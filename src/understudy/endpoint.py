@@ -8,13 +8,18 @@ A hosted model, an open model behind vLLM and a student of our own are all asked
 from __future__ import annotations
 
 import asyncio
+import math
+import random
 import time
 from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
+from typing import Any, NamedTuple, Protocol, Self, cast
+from urllib.parse import urlsplit
 
 import msgspec
 
+from understudy.client import Client
 from understudy.config import Endpoint as Settings
 from understudy.errors import EndpointError, InputError
 from understudy.forms.fault import Unmappable, Unreadable
@@ -22,10 +27,11 @@ from understudy.forms.rules import NONE, Rules, rules_of
 from understudy.forms.translation import Translation, rule_path, vendor_of
 from understudy.protocol import Answer, Json, assemble_stream
 
-if TYPE_CHECKING:
-    import aiohttp
-
 RETRIED = frozenset({408, 429, 500, 502, 503, 504})
+PATIENCE_S = 300.0
+"""Longest that one call waits in all, for its turn after a 429 and between tries."""
+SPENT = "insufficient_quota"
+"""In a 429 of OpenAI's that no waiting mends: the money is gone."""
 
 
 class Endpoint(Protocol):
@@ -46,8 +52,9 @@ class Endpoint(Protocol):
 class HttpEndpoint:
     """An endpoint over HTTP; use as ``async with``.
 
-    Retries what was not answered (connect failure, 408, 429, 5xx) up to ``retries`` times, honouring
-    Retry-After; anything else is the caller's to see. A streamed answer is assembled before it is returned.
+    Retries what was not answered (connect failure, 408, 5xx) up to ``retries`` times, honouring Retry-After.
+    A 429 is no failure but a pace: every call of this client then waits, each PATIENCE_S at most. Anything
+    else is the caller's to see. A streamed answer is assembled before it is returned.
     """
 
     def __init__(
@@ -67,6 +74,8 @@ class HttpEndpoint:
         self.name = name
         self.model = model
         self.base_url = base_url.rstrip("/")
+        self._shown_url = self.base_url.replace(f"{urlsplit(base_url).netloc.rpartition('@')[0]}@", "")
+        """Without a user's name and password: for messages."""
         self.retries = retries
         self._vendor = vendor_of(kind, base_url)
         self._own = kind == "openai"
@@ -79,23 +88,21 @@ class HttpEndpoint:
         if api_key:
             name_, value = self._vendor.credential(api_key)
             self._headers[name_] = value
-        self._session: aiohttp.ClientSession | None = None
+        self._client: Client | None = None
+        self._quiet_until = 0.0
+        """On the monotonic clock: no call is made before, for the server asked for it; 0 for now."""
 
     async def __aenter__(self) -> Self:
-        import aiohttp
-
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._connections),
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            headers=self._headers,
+        self._client = Client(
+            self.base_url, self._headers, connections=self._connections, timeout_s=self._timeout_s
         )
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
+        if self._client is not None:
+            await self._client.close()
 
     async def chat(self, request: Mapping[str, Any]) -> Answer:
         if self._own and self._rules == NONE:
@@ -128,42 +135,53 @@ class HttpEndpoint:
         return _Asked(said.path, said.body, read)
 
     async def _post(self, asked: _Asked) -> Answer:
-        for attempt in range(1, self.retries + 2):
+        attempt, failures, waited = 0, 0, 0.0
+        while True:
+            attempt += 1
+            if self._quiet_until:
+                waited += await self._pause()
             outcome = await self._once(asked, attempt)
             if isinstance(outcome, Answer):
                 return outcome
-            if attempt <= self.retries:
-                await asyncio.sleep(min(outcome.wait_s or 0.2 * 2**attempt, 30.0))
-            else:
+            busy = outcome.error.status == 429 and self.retries > 0
+            failures += not busy
+            wait = outcome.wait_s or min(0.2 * 2**attempt, 30.0)
+            if failures > self.retries or waited + wait > PATIENCE_S or SPENT in outcome.error.value:
                 raise outcome.error
-        raise AssertionError("unreachable: the loop returns or raises")
+            waited += wait
+            if busy:
+                self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
+            # spread out: thousands that were refused together must not come back together
+            await asyncio.sleep(wait * (1.0 + 0.5 * random.random()))  # noqa: S311  (no secret)
+
+    async def _pause(self) -> float:
+        """Wait until the pace that the server asked for lets this call go; the seconds it took."""
+        left = self._quiet_until - time.monotonic()
+        if left <= 0:
+            self._quiet_until = 0.0
+            return 0.0
+        wait = left * (1.0 + 0.5 * random.random())  # noqa: S311  (no secret)
+        await asyncio.sleep(wait)
+        return wait
 
     async def _once(self, asked: _Asked, attempt: int) -> Answer | _Again:
-        import aiohttp
-        from yarl import URL
-
-        assert self._session is not None, "use `async with HttpEndpoint(…)`"
+        assert self._client is not None, "use `async with HttpEndpoint(…)`"
         started = time.perf_counter()
         try:
-            url = URL(f"{self.base_url}{asked.path}", encoded=True)
-            async with self._session.post(url, data=asked.body) as response:
-                first = await response.content.readany()
-                ttft = time.perf_counter() - started
-                raw = first + await response.read()
-                status, wait = response.status, response.headers.get("retry-after", "")
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            said = await self._client.post(asked.path, asked.body)
+        except OSError as error:
             return _Again(self._unreachable(error), 0.0)
-        if status in RETRIED:
-            return _Again(self._refused(status, raw), float(wait) if wait.isdigit() else 0.0)
-        if status >= 400:
-            raise self._refused(status, raw)
+        if said.status in RETRIED:
+            return _Again(self._refused(said.status, said.body), _wait_of(said.headers))
+        if said.status >= 300:
+            raise self._refused(said.status, said.body or said.headers.get(b"location", b""))
         try:
-            body = asked.read(raw)
+            body = asked.read(said.body)
         except Unreadable as fault:
             raise EndpointError(
                 f"{self.name}: {fault}", expected="an answer as its vendor documents it"
             ) from fault
-        return Answer(status, body, ttft, time.perf_counter() - started, attempt)
+        return Answer(said.status, body, said.first_s, time.perf_counter() - started, attempt)
 
     def _decode(self, raw: bytes) -> Json:
         try:
@@ -172,7 +190,7 @@ class HttpEndpoint:
             raise EndpointError(
                 f"{self.name} answered something that is not JSON: {raw[:80]!r}",
                 expected="a JSON object",
-                next_step=f"curl {self.base_url}/models",
+                next_step=f"curl {self._shown_url}/models",
             ) from error
 
     def _unmappable(self, fault: Unmappable) -> EndpointError | InputError:
@@ -194,9 +212,9 @@ class HttpEndpoint:
     def _unreachable(self, error: Exception) -> EndpointError:
         reason = str(error) or type(error).__name__
         return EndpointError(
-            f"{self.name} is out of reach at {self.base_url}: {reason}",
+            f"{self.name} is out of reach at {self._shown_url}: {reason}",
             expected="a server that answers",
-            next_step=f"curl {self.base_url}/models",
+            next_step=f"curl {self._shown_url}/models",
         )
 
     def _refused(self, status: int, raw: bytes) -> EndpointError:
@@ -214,6 +232,19 @@ class _Asked(NamedTuple):
     path: str
     body: bytes
     read: Callable[[bytes], Json]
+
+
+def _wait_of(headers: Mapping[bytes, bytes]) -> float:
+    """Seconds that Retry-After asks for, as a number or a date (RFC 9110 §10.2.3); 0 where it is silent."""
+    text = headers.get(b"retry-after", b"").decode("latin-1").strip()
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return max(seconds, 0.0) if math.isfinite(seconds) else 0.0
 
 
 class _Again:

@@ -160,6 +160,19 @@ def test_bad_folders_and_rows_are_named(tmp_path: Path) -> None:
         draw("piqa", tmp_path, items=1, seed=1)
 
 
+def test_a_collection_without_the_benchmark_is_not_taken_for_it(piqa: Path, tmp_path: Path) -> None:
+    mmlu = tmp_path / "hails/mmlu_no_train/anatomy/test"
+    mmlu.mkdir(parents=True)
+    (mmlu / "data.jsonl").write_text('{"question": "x", "choices": ["a", "b", "c", "d"], "answer": 0}\n')
+    with pytest.raises(InputError, match="no gsm8k in"):
+        draw("gsm8k", tmp_path, items=1, seed=1)
+    with pytest.raises(InputError, match="without ####"):
+        draw("gsm8k", mmlu, items=1, seed=1)
+    cached = mmlu / "cache-0cae0695b6d8f65a.jsonl"  # what the library datasets keeps beside a split
+    cached.write_text((mmlu / "data.jsonl").read_text() * 4)
+    assert draw("mmlu", tmp_path, items=0, seed=1).population == 1
+
+
 @pytest.mark.parametrize("form", ["stream", "file", "parquet"])
 def test_arrow_and_parquet_are_read(tmp_path: Path, form: str) -> None:
     pa = pytest.importorskip("pyarrow")

@@ -36,6 +36,15 @@ def test_local_data_sets_are_found(
     assert sorted(find_splits(tmp_path, path, name)) == splits
 
 
+def test_what_datasets_keeps_beside_a_split_is_not_read_as_more_of_it(tmp_path: Path) -> None:
+    split = tmp_path / "Rowan/hellaswag/none/validation"
+    split.mkdir(parents=True)
+    for name in ("data-00000-of-00001.arrow", "cache-0cae0695b6d8f65a.arrow"):
+        (split / name).touch()
+    found = find_splits(tmp_path, "Rowan/hellaswag", None)
+    assert [file.name for file in found["validation"]] == ["data-00000-of-00001.arrow"]
+
+
 def harness_run(model: str, scores: list[float]) -> HarnessRun:
     lines: list[dict[str, Any]] = [
         {"doc_id": i, "filter": "none", "metrics": ["acc", "words"], "acc": score, "words": ["x"]}

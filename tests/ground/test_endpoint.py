@@ -1,14 +1,17 @@
 """Endpoint: a real server on loopback; retries, streams and refusals as a user meets them."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any, Literal
 
 import pytest
 from aiohttp import web
 
 from understudy.config import Endpoint as Settings
-from understudy.endpoint import HttpEndpoint, ScriptedModel, http_endpoint
+from understudy.endpoint import HttpEndpoint, ScriptedModel, _wait_of, http_endpoint
 from understudy.errors import EndpointError, InputError
 
 REQUEST = {"messages": [{"role": "user", "content": "two words"}]}
@@ -174,3 +177,51 @@ async def test_without_a_limit_anthropic_cannot_be_asked_at_all(start: Start) ->
     async with HttpEndpoint("c/m", "http://127.0.0.1:9", "m", kind="anthropic") as endpoint:
         with pytest.raises(InputError, match=r"default = \{ max_tokens = 4096 \}"):
             await endpoint.chat(REQUEST)
+
+
+async def test_a_429_slows_every_call_and_fails_none(start: Start) -> None:
+    """Twenty calls at once to a server that takes five a moment: more refusals than retries, no failure."""
+    taken: list[float] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        now = asyncio.get_running_loop().time()
+        if len([t for t in taken if now - t < 0.2]) >= 5:
+            return web.Response(status=429, headers={"retry-after": "0.1"})
+        taken.append(now)
+        return web.json_response({"choices": [{"message": {"content": "yes"}}]})
+
+    async with HttpEndpoint("local/m", await start(handler), "m", retries=1) as endpoint:
+        answers = await asyncio.gather(*(endpoint.chat(REQUEST) for _ in range(20)))
+    assert [a.text for a in answers] == ["yes"] * 20
+    assert max(a.attempts for a in answers) > 2
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "wait"),
+    [(429, "insufficient_quota", "1"), (503, "later", "900"), (429, "tomorrow", "86400")],
+)
+async def test_what_no_waiting_mends_is_told_at_once(start: Start, status: int, body: str, wait: str) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(status=status, text=body, headers={"retry-after": wait})
+
+    async with HttpEndpoint("local/m", await start(handler), "m") as endpoint:
+        with pytest.raises(EndpointError, match=body) as caught:
+            await endpoint.chat(REQUEST)
+    assert caught.value.status == status
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=40), usegmt=True)
+    waits = [
+        _wait_of({b"retry-after": text}) for text in (b"7", b"1.5", soon.encode(), b"nan", b"-3", b"soon")
+    ]
+    assert waits == [7, 1.5, pytest.approx(40, abs=2), 0, 0, 0]
+    assert _wait_of({}) == 0
+
+
+async def test_a_password_in_a_url_is_not_told() -> None:
+    async with HttpEndpoint("local/m", "http://me:secret@127.0.0.1:9/v1", "m", retries=0) as endpoint:
+        with pytest.raises(EndpointError) as caught:
+            await endpoint.chat(REQUEST)
+    assert "secret" not in str(caught.value)
+    assert "curl http://127.0.0.1:9/v1/models" in str(caught.value)

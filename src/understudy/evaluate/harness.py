@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from understudy.errors import InputError, MissingExtraError
-from understudy.evaluate.benchmarks import FEW_ITEMS, interval_of
+from understudy.evaluate.benchmarks import CACHE, FEW_ITEMS, interval_of
 from understudy.protocol import Json
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def find_splits(folder: Path, path: str, name: str | None) -> dict[str, list[Pat
     wanted = [name] if name else ["none", "default", "plain_text", "main"]
     inner = next((root / one for one in wanted if (root / one).is_dir()), root)
     splits: dict[str, list[Path]] = {}
-    for file in sorted(f for f in inner.rglob("*") if f.suffix in READ):
+    for file in sorted(f for f in inner.rglob("*") if f.suffix in READ and not f.name.startswith(CACHE)):
         parts = [*file.relative_to(inner).parts[:-1], file.name.partition("-")[0].partition(".")[0]]
         split = next((part for part in parts if part in SPLITS), None)
         if split and not file.name.endswith(("_info.json", "state.json")):

@@ -71,22 +71,27 @@ class Metric(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             return not item.agreement
         return item.agreement and (self.basis == "structure") == bool(item.reply.tool_calls)
 
-    def incumbent(self, item: Item) -> float:
-        """The recorded answer's score."""
+    def incumbent(self, item: Item, *, graded: bool = False) -> float:
+        """The recorded answer's score; ``graded``: the item's own score is known to be its grader's."""
         if self.basis == "judge":
             return EVEN
         if self.basis == "form":
             return float(well_formed(item.reply, item.finish_reason, item.wants_json, item.tools))
+        if graded and not self.grader:
+            return item.score
         return grade(cast(GraderName, self.grader or item.grader), item.reply, item.expected)
 
-    def candidate(self, item: Item, call: Call, preference: float | None) -> float:
-        """A candidate's score: 0 for an error; for a judge without a verdict it is even."""
+    def candidate(self, item: Item, call: Call, preference: float | None, *, graded: bool = False) -> float:
+        """A candidate's score: 0 for an error; for a judge without a verdict it is even. ``graded`` as above,
+        of the call."""
         if call.error:
             return 0.0
         if self.basis == "judge":
             return EVEN if preference is None else preference
         if self.basis == "form":
             return float(well_formed(call.reply, call.finish_reason, item.wants_json, item.tools))
+        if graded and not self.grader:
+            return call.score
         return grade(cast(GraderName, self.grader or item.grader), call.reply, item.expected)
 
 

@@ -33,10 +33,14 @@ class Rates(NamedTuple):
 class Panel:
     """The tests of one candidate, fed item by item in the committed order."""
 
-    def __init__(self, metrics: Sequence[Metric], items: Sequence[Item], rates: Rates) -> None:
+    def __init__(
+        self, metrics: Sequence[Metric], items: Sequence[Item], rates: Rates, *, graded: bool = False
+    ) -> None:
         self.metrics = [m for m in metrics if any(m.scores(item) for item in items)]
         self.required = [m for m in self.metrics if m.required]
-        self.own = {m.name: {i.key: m.incumbent(i) for i in items if m.scores(i)} for m in self.metrics}
+        self.own = {
+            m.name: {i.key: m.incumbent(i, graded=graded) for i in items if m.scores(i)} for m in self.metrics
+        }
         """Metric to item to the incumbent's score."""
         beta = rates.beta / max(sum(m.can_fail for m in self.required), 1)
         self.tests = {

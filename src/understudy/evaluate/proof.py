@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 import msgspec
 
@@ -21,6 +20,7 @@ from understudy.evaluate.metrics import RESTS_ON, Basis, Metric, primary
 from understudy.evaluate.panel import Panel
 from understudy.evaluate.scores import Generalisation, finite, generalise
 from understudy.evaluate.sequential import Design, Outcome, Point, SequentialTest, Unit, Verdict, shuffled
+from understudy.evaluate.walk import Pair, Walk
 
 PATH_POINTS = 200
 """Points of the e-value path kept for the plot."""
@@ -183,21 +183,6 @@ class Preference(msgspec.Struct, frozen=True):
     high: float
 
 
-class _Pair(NamedTuple):
-    item: Item
-    call: Call
-    metric: Metric
-    """The item's primary one."""
-    incumbent: float
-    candidate: float
-
-
-class _Seen(NamedTuple):
-    panel: Panel
-    pairs: list[_Pair]
-    """In the order asked."""
-
-
 def weigh(
     header: ProofHeader,
     items: Sequence[Item],
@@ -212,13 +197,24 @@ def weigh(
     """
     by_key = {item.key: item for item in items}
     answered = {call.key: call for call in calls if call.key in by_key}
-    seen = _walk(header, by_key, answered, preferences)
-    panel, pairs = seen
+    return told(header, items, answered, _walked(header, by_key, answered, preferences), preferences, people)
+
+
+def told(
+    header: ProofHeader,
+    items: Sequence[Item],
+    answered: Mapping[str, Call],
+    walk: Walk,
+    preferences: Mapping[str, float | None],
+    people: Preference | None = None,
+) -> Proof:
+    """What a walk to its end has proven; `weigh` walks itself."""
+    panel, pairs = walk.panel, walk.pairs
     leading = panel.leading
     outcomes = {name: test.outcome() for name, test in panel.tests.items()}
     outcome = outcomes[leading.name]
     own = [p for p in pairs if leading.scores(p.item)]
-    scores = [_scores(panel, p, leading, preferences) for p in own]
+    scores = [walk.scores(p, leading, preferences) for p in own]
     doubts = _doubts(panel, pairs, preferences, people)
     return Proof(
         candidate=header.candidate,
@@ -227,7 +223,7 @@ def weigh(
         rests_on=_rests_on(panel, items),
         doubts=doubts,
         leading=leading.name,
-        metrics=[_result(panel, m, outcomes[m.name], pairs, preferences) for m in panel.metrics],
+        metrics=[_result(walk, m, outcomes[m.name], preferences) for m in panel.metrics],
         calls=len(pairs),
         paid=sum(not call.cached for call in answered.values()),
         items=len(items),
@@ -265,53 +261,31 @@ def score_of(item: Item, call: Call) -> float:
     return 0.0 if call.error else grade(item.grader, call.reply, item.expected)
 
 
-def _walk(
+def _walked(
     header: ProofHeader,
     items: Mapping[str, Item],
     answered: Mapping[str, Call],
     preferences: Mapping[str, float | None],
-) -> _Seen:
+) -> Walk:
     """Feed the tests in the committed order until they are settled, the budget ends or an answer is
     missing."""
-    panel = Panel(header.metrics, list(items.values()), header.rates)
-    pairs: list[_Pair] = []
+    walk = Walk(header.metrics, list(items.values()), header.rates)
     for key in shuffled(items, header.seed):
-        if panel.settled or (header.budget and len(pairs) == header.budget):
+        if walk.panel.settled or (header.budget and len(walk.pairs) == header.budget):
             break
         item = items[key]
-        if not panel.wants(item):
+        if not walk.panel.wants(item):
             continue
         call = answered.get(key)
-        if call is None or awaits_judge(panel, item, call, preferences):
+        if call is None or walk.awaits_judge(item, call, preferences):
             break
-        pairs.append(_pair(panel, item, call, preferences))
-        panel.observe(item, lambda m, i=item, c=call: m.candidate(i, c, preferences.get(i.key)))
-    return _Seen(panel, pairs)
-
-
-def awaits_judge(panel: Panel, item: Item, call: Call, preferences: Mapping[str, float | None]) -> bool:
-    """Whether an answered item has still to be compared by the judge before it counts."""
-    return item.key not in preferences and not call.error and panel.wants_judgement(item)
-
-
-def _pair(panel: Panel, item: Item, call: Call, preferences: Mapping[str, float | None]) -> _Pair:
-    metric = primary(panel.metrics, item)
-    candidate = metric.candidate(item, call, preferences.get(item.key))
-    return _Pair(item, call, metric, panel.own[metric.name][item.key], candidate)
-
-
-def _scores(
-    panel: Panel, pair: _Pair, metric: Metric, preferences: Mapping[str, float | None]
-) -> tuple[float, float]:
-    own = panel.own[metric.name][pair.item.key]
-    if metric is pair.metric:
-        return own, pair.candidate
-    return own, metric.candidate(pair.item, pair.call, preferences.get(pair.item.key))
+        walk.take(item, call, preferences.get(key))
+    return walk
 
 
 def _doubts(
     panel: Panel,
-    pairs: Sequence[_Pair],
+    pairs: Sequence[Pair],
     preferences: Mapping[str, float | None],
     people: Preference | None,
 ) -> list[str]:
@@ -347,14 +321,12 @@ def _rests_on(panel: Panel, items: Sequence[Item]) -> str:
 
 
 def _result(
-    panel: Panel,
-    metric: Metric,
-    outcome: Outcome,
-    pairs: Sequence[_Pair],
-    preferences: Mapping[str, float | None],
+    walk: Walk, metric: Metric, outcome: Outcome, preferences: Mapping[str, float | None]
 ) -> MetricResult:
+    panel = walk.panel
     test = panel.tests[metric.name]
-    scores = [_scores(panel, p, metric, preferences) for p in pairs if metric.scores(p.item)][: outcome.calls]
+    scored = [p for p in walk.pairs if metric.scores(p.item)][: outcome.calls]
+    scores = [walk.scores(p, metric, preferences) for p in scored]
     return MetricResult(
         name=metric.name,
         basis=metric.basis,
@@ -389,23 +361,21 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(listed) / len(listed) if listed else 0.0
 
 
-def _strata(
-    header: ProofHeader, panel: Panel, items: Sequence[Item], pairs: Sequence[_Pair]
-) -> list[Stratum]:
+def _strata(header: ProofHeader, panel: Panel, items: Sequence[Item], pairs: Sequence[Pair]) -> list[Stratum]:
     """Asked items of a task come in the committed order too, so each stratum has a valid test of its own."""
     whole: dict[tuple[str, str], list[Item]] = defaultdict(list)
     for item in items:
         whole[item.task, primary(panel.metrics, item).name].append(item)
     if len(whole) < 2:
         return []
-    own: dict[tuple[str, str], list[_Pair]] = defaultdict(list)
+    own: dict[tuple[str, str], list[Pair]] = defaultdict(list)
     for pair in pairs:
         own[pair.item.task, pair.metric.name].append(pair)
     return [_stratum(header, panel, task, whole[task], own[task]) for task in sorted(whole)]
 
 
 def _stratum(
-    header: ProofHeader, panel: Panel, task: tuple[str, str], items: Sequence[Item], pairs: Sequence[_Pair]
+    header: ProofHeader, panel: Panel, task: tuple[str, str], items: Sequence[Item], pairs: Sequence[Pair]
 ) -> Stratum:
     metric = next(m for m in panel.metrics if m.name == task[1])
     test = SequentialTest(
@@ -429,7 +399,7 @@ def _stratum(
     )
 
 
-def _guards(pairs: Sequence[_Pair]) -> list[Guard]:
+def _guards(pairs: Sequence[Pair]) -> list[Guard]:
     if not pairs:
         return []
     json_pairs = [p for p in pairs if p.item.wants_json and not p.call.error]
@@ -469,7 +439,7 @@ def _rate(name: str, marks: Sequence[tuple[bool, bool]]) -> Guard | None:
     return Guard(name=name, unit="share", incumbent=incumbent, candidate=candidate, worse=worse)
 
 
-def _latency(pairs: Sequence[_Pair]) -> Guard:
+def _latency(pairs: Sequence[Pair]) -> Guard:
     incumbent = quantile([p.item.total_s for p in pairs], 0.95)
     candidate = quantile([p.call.total_s for p in pairs], 0.95)
     worse = candidate > TOLERATED_SLOWDOWN * incumbent
@@ -482,7 +452,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ranked[max(0, math.ceil(share * len(ranked)) - 1)] if ranked else 0.0
 
 
-def _examples(pairs: Sequence[_Pair]) -> list[Example]:
+def _examples(pairs: Sequence[Pair]) -> list[Example]:
     """Where the arms differ most, in the order asked among equals; losses and wins as they come."""
     differing = [p for p in pairs if p.incumbent != p.candidate]
     ranked = sorted(differing, key=lambda p: -abs(p.incumbent - p.candidate))[:EXAMPLES]
@@ -508,12 +478,12 @@ def _shown(answer: Item | Call) -> str:
     return "\n".join(part for part in (answer.reply.text, calls) if part)
 
 
-def _graded(pairs: Sequence[_Pair]) -> Sequence[_Pair]:
+def _graded(pairs: Sequence[Pair]) -> Sequence[Pair]:
     """Those whose right answer is known; all where none is: likeness completes no task."""
     return [p for p in pairs if not p.item.agreement] or pairs
 
 
-def _incumbent_tokens(pairs: Sequence[_Pair]) -> Tokens:
+def _incumbent_tokens(pairs: Sequence[Pair]) -> Tokens:
     known = _graded(pairs)
     used = [p.item.usage for p in known if p.item.usage is not None]
     return Tokens(
@@ -525,7 +495,7 @@ def _incumbent_tokens(pairs: Sequence[_Pair]) -> Tokens:
     )
 
 
-def _candidate_tokens(pairs: Sequence[_Pair]) -> Tokens:
+def _candidate_tokens(pairs: Sequence[Pair]) -> Tokens:
     known = _graded(pairs)
     used = [p.call.usage for p in known if p.call.usage is not None]
     return Tokens(

@@ -75,7 +75,10 @@ def winogrande(row: Json) -> Question:
 
 
 def gsm8k(row: Json) -> Question:
-    expected = str(row["answer"]).rpartition("####")[2].strip().replace(",", "")
+    _, mark, result = str(row["answer"]).rpartition("####")
+    if not mark:
+        raise ValueError("an answer without ####")
+    expected = result.strip().replace(",", "")
     content = f"{row['question']}\n\n{STATE}"
     return Question([{"role": "user", "content": content}], (), 0, expected)
 

@@ -39,9 +39,10 @@ from understudy.evaluate.item import Call, Item
 from understudy.evaluate.judge import Judgement, Umpire, header_of
 from understudy.evaluate.metrics import EVEN, Metric, metrics_of
 from understudy.evaluate.panel import Panel, Rates
-from understudy.evaluate.proof import Proof, awaits_judge, weigh
+from understudy.evaluate.proof import Proof, score_of, told
 from understudy.evaluate.sequential import Verdict, shuffled
 from understudy.evaluate.thrift import CACHED, Price, Purse
+from understudy.evaluate.walk import Walk
 from understudy.evaluate.workers import side_by_side
 from understudy.protocol import Answer, Usage
 from understudy.traffic.sample import Exchange
@@ -101,7 +102,7 @@ async def prove(
         settings = msgspec.structs.replace(settings, judge="")
     header = _header(candidate.name, exchanges, items, settings, candidates, evidence)
     path = evidence / file_name(candidate.name)
-    known = _known(path, header)
+    known = _known(path, header, items)
     umpire = _umpire(judge, header, exchanges, evidence)
     replay = _Replay(candidate, exchanges, items, header, known, progress, umpire)
     replay.purse = _purse(candidate.name, settings, price, known)
@@ -113,7 +114,7 @@ async def prove(
     finally:
         if umpire is not None:
             umpire.close()
-    return weigh(header, items, replay.calls.values(), replay.preferences)
+    return told(header, items, replay.calls, replay.walk, replay.preferences)
 
 
 def _umpire(
@@ -174,7 +175,8 @@ def _header(
     )
 
 
-def _known(path: Path, header: ProofHeader) -> dict[str, Call]:
+def _known(path: Path, header: ProofHeader, items: Sequence[Item]) -> dict[str, Call]:
+    """Calls that the evidence holds, graded anew: a score in a file is not trusted."""
     if not path.exists() or b"\n" not in path.read_bytes():
         return {}
     found, calls = read_lines(path, ProofHeader, Call)
@@ -186,7 +188,12 @@ def _known(path: Path, header: ProofHeader) -> dict[str, Call]:
         )
     if found.budget != header.budget:
         _rewrite_header(path, header)
-    return {call.key: call for call in calls}
+    by_key = {item.key: item for item in items}
+    return {
+        call.key: msgspec.structs.replace(call, score=score_of(by_key[call.key], call))
+        for call in calls
+        if call.key in by_key
+    }
 
 
 def _differing(found: ProofHeader, header: ProofHeader) -> str:
@@ -224,7 +231,8 @@ class _Replay:
         self._requests = {exchange.key: exchange.request for exchange in exchanges}
         self._order = shuffled(self._items, header.seed)
         self._budget = header.budget or len(items)
-        self._panel = Panel(header.metrics, items, header.rates)
+        self.walk = Walk(header.metrics, items, header.rates, graded=True)
+        self._panel = self.walk.panel
         self._umpire = umpire
         self._next = 0
         """Place in the order of the next item to take."""
@@ -308,9 +316,7 @@ class _Replay:
         return call is not None and not self._awaits_judge(key, call)
 
     def _awaits_judge(self, key: str, call: Call) -> bool:
-        return self._umpire is not None and awaits_judge(
-            self._panel, self._items[key], call, self.preferences
-        )
+        return self._umpire is not None and self.walk.awaits_judge(self._items[key], call, self.preferences)
 
     def _affordable(self, key: str) -> bool:
         paid = key in self.calls  # it only waits for the judge
@@ -380,7 +386,7 @@ class _Replay:
         self._wake()
 
     def _observe(self, item: Item, call: Call) -> None:
-        self._panel.observe(item, lambda m: m.candidate(item, call, self.preferences.get(item.key)))
+        self.walk.take(item, call, self.preferences.get(item.key))
         self._counted += 1
         if self._progress is not None:
             now = self._panel.tests[self._panel.leading.name].path[-1:]
