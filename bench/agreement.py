@@ -168,9 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             local = {"model": "m", "base_url": f"{at['url']}/completions", "tokenizer": source}
             ours = run_lm_eval("local-completions", {**local, "num_concurrent": 1}, tasks, given)
         theirs = run_lm_eval("hf", {"pretrained": source, "dtype": "float32"}, tasks, given)
-    print(
-        "`understudy serve` (GGUF, F16) and transformers (those numbers in float32) behind lm_eval:\n"
-    )
+    print("`understudy serve` (GGUF, F16) and transformers (those numbers in float32) behind lm_eval:\n")
     print("| task | items | answered otherwise | agree | nats apart, median | most | margins there |")
     print("|---|---|---|---|---|---|---|")
     for row in rows(ours, theirs):
