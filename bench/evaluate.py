@@ -404,7 +404,7 @@ def _exchange(i: int, answer: str) -> Exchange:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     here = Path(__file__).resolve().parent
     parser.add_argument("--data", type=Path, default=here.parent.parent / "shared" / "data" / "paired")
     parser.add_argument("--repeats", type=int, default=50)

@@ -172,7 +172,7 @@ class HttpEndpoint:
         except OSError as error:
             return _Again(self._unreachable(error), 0.0)
         if said.status in RETRIED:
-            return _Again(self._refused(said.status, said.body), _wait_of(said.headers))
+            return _Again(self._refused(said.status, said.body), wait_of(said.headers))
         if said.status >= 300:
             raise self._refused(said.status, said.body or said.headers.get(b"location", b""))
         try:
@@ -234,7 +234,7 @@ class _Asked(NamedTuple):
     read: Callable[[bytes], Json]
 
 
-def _wait_of(headers: Mapping[bytes, bytes]) -> float:
+def wait_of(headers: Mapping[bytes, bytes]) -> float:
     """Seconds that Retry-After asks for, as a number or a date (RFC 9110 §10.2.3); 0 where it is silent."""
     text = headers.get(b"retry-after", b"").decode("latin-1").strip()
     try:

@@ -73,7 +73,9 @@ PROMPTS: dict[str, tuple[list[tuple[str, str, int]], int]] = {
 
 @pytest.mark.parametrize("suite", ROWS)
 def test_prompts_are_those_of_the_harness(suite: str) -> None:
-    choices, gold = SUITES[suite].problem(ROWS[suite])
+    problem = SUITES[suite].problem
+    assert problem is not None
+    choices, gold = problem(ROWS[suite])
     assert ([tuple(choice) for choice in choices], gold) == PROMPTS[suite]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from understudy.endpoint import HttpEndpoint
-from understudy.evaluate.harness import HarnessRun, _read, differences, find_splits, run_tasks
+from understudy.evaluate.harness import HarnessRun, differences, find_splits, run_of, run_tasks
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def harness_run(model: str, scores: list[float]) -> HarnessRun:
         {"doc_id": i, "filter": "none", "metrics": ["acc", "words"], "acc": score, "words": ["x"]}
         for i, score in enumerate(scores)
     ]
-    return _read(model, {"samples": {"t": lines}})
+    return run_of(model, {"samples": {"t": lines}})
 
 
 def test_figures_and_paired_differences() -> None:

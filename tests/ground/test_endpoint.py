@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from understudy.config import Endpoint as Settings
-from understudy.endpoint import HttpEndpoint, ScriptedModel, _wait_of, http_endpoint
+from understudy.endpoint import HttpEndpoint, ScriptedModel, http_endpoint, wait_of
 from understudy.errors import EndpointError, InputError
 
 REQUEST = {"messages": [{"role": "user", "content": "two words"}]}
@@ -213,10 +213,10 @@ async def test_what_no_waiting_mends_is_told_at_once(start: Start, status: int, 
 def test_retry_after_is_seconds_or_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=40), usegmt=True)
     waits = [
-        _wait_of({b"retry-after": text}) for text in (b"7", b"1.5", soon.encode(), b"nan", b"-3", b"soon")
+        wait_of({b"retry-after": text}) for text in (b"7", b"1.5", soon.encode(), b"nan", b"-3", b"soon")
     ]
     assert waits == [7, 1.5, pytest.approx(40, abs=2), 0, 0, 0]
-    assert _wait_of({}) == 0
+    assert wait_of({}) == 0
 
 
 async def test_a_password_in_a_url_is_not_told() -> None:

@@ -112,10 +112,10 @@ def run_tasks(
             )  # fmt: skip
         finally:
             runner.run(endpoint.__aexit__(None, None, None))
-    return _read(endpoint.name, cast(Json, found))
+    return run_of(endpoint.name, cast(Json, found))
 
 
-def _read(model: str, found: Json) -> HarnessRun:
+def run_of(model: str, found: Json) -> HarnessRun:
     samples = {task: _scores(lines) for task, lines in cast(Json, found["samples"]).items()}
     figures = [
         _figure(task, metric, values)

@@ -141,7 +141,7 @@ def shuffled(keys: Iterable[str], seed: int) -> list[str]:
     return sorted(keys, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
 
 
-class _Draw(NamedTuple):
+class Draw(NamedTuple):
     """What one draw staked, kept to ask later how other differences would have fared."""
 
     residual: float
@@ -156,7 +156,7 @@ class _Draw(NamedTuple):
     bets: tuple[float, float, float]
 
 
-_After = Callable[[Sequence[float], _Draw, float], list[float]]
+_After = Callable[[Sequence[float], Draw, float], list[float]]
 
 
 class SequentialTest:
@@ -173,7 +173,8 @@ class SequentialTest:
         self.items = sum(unit.items for unit in units)
         self.calls = 0
         self.path: list[Point] = []
-        self._draws: list[_Draw] = []
+        self.draws: list[Draw] = []
+        """What was staked at each draw; kept to ask later how other differences would have fared."""
         self._scale = 1.0 / max(unit.items for unit in units)
         self._count = len(units)
         self._weight = self.items * self._scale
@@ -195,7 +196,7 @@ class SequentialTest:
         draw = self._stake(unit, candidate * self._scale)
         self._settle(draw)
         self._account(unit, candidate)
-        self._draws.append(draw)
+        self.draws.append(draw)
         now = self._evidence()
         self.path.append(now)
         if self.verdict is Verdict.UNDECIDED:
@@ -208,9 +209,9 @@ class SequentialTest:
         worse = now.e_fail >= self.design.fail_at and self.difference <= self.design.midway
         return Verdict.FAIL if worse or self.calls == self.items else Verdict.UNDECIDED
 
-    def _stake(self, unit: Unit, score: float) -> _Draw:
+    def _stake(self, unit: Unit, score: float) -> Draw:
         theta, level, variance = self._moments.predictor()
-        left = self._count - len(self._draws)
+        left = self._count - len(self.draws)
         per_point = self._weight / left
         predicted = theta * self._unseen_incumbent + level * self._unseen_weight
         mean = (self._unseen_incumbent - self._gained - predicted) / left
@@ -218,11 +219,11 @@ class SequentialTest:
         e1, e2, e3 = one * EFFECTS[0], one * EFFECTS[1], one * EFFECTS[2]
         bets = (e1 / (variance + e1 * e1), e2 / (variance + e2 * e2), e3 / (variance + e3 * e3))
         residual = score - self._scale * (theta * unit.incumbent + level * unit.items)
-        return _Draw(residual, mean, per_point, -(theta + level), 1.0 - level, bets)
+        return Draw(residual, mean, per_point, -(theta + level), 1.0 - level, bets)
 
-    def _settle(self, draw: _Draw) -> None:
-        self._passing = _after_pass(self._passing, draw, -self.design.margin)
-        self._failing = _after_fail(self._failing, draw, self.design.good)
+    def _settle(self, draw: Draw) -> None:
+        self._passing = after_pass(self._passing, draw, -self.design.margin)
+        self._failing = after_fail(self._failing, draw, self.design.good)
 
     def _account(self, unit: Unit, candidate: float) -> None:
         self.calls += unit.items
@@ -264,8 +265,8 @@ class SequentialTest:
         middle = min(max(self.difference, low), high)
         if self.verdict is Verdict.PASS and alpha >= self.design.alpha / self.design.candidates:
             low, middle = max(low, -self.design.margin), max(middle, -self.design.margin)
-        low = self._bound(low, middle, 1.0 / alpha, _after_pass, precision)
-        high = self._bound(high, middle, 1.0 / alpha, _after_fail, precision)
+        low = self._bound(low, middle, 1.0 / alpha, after_pass, precision)
+        high = self._bound(high, middle, 1.0 / alpha, after_fail, precision)
         return Interval(low, high, 1.0 - 2.0 * alpha)
 
     def _bound(self, outer: float, inner: float, at: float, after: _After, precision: float) -> float:
@@ -280,7 +281,7 @@ class SequentialTest:
 
     def _rejected(self, difference: float, at: float, after: _After) -> bool:
         stakes = list(WEIGHTS)
-        for draw in self._draws:
+        for draw in self.draws:
             stakes = after(stakes, draw, difference)
             if stakes[0] + stakes[1] + stakes[2] >= at:
                 return True
@@ -345,7 +346,7 @@ class _Moments:
         return level, known / (VARIANCE_WEIGHT + self._n)
 
 
-def _after_pass(stakes: Sequence[float], draw: _Draw, difference: float) -> list[float]:
+def after_pass(stakes: Sequence[float], draw: Draw, difference: float) -> list[float]:
     """Stakes of the bets that Z is above its mean under ``difference``, after the draw."""
     mean = draw.mean + difference * draw.per_point
     most = LARGEST_LOSS / max(mean - draw.lowest, 1e-9)
@@ -358,7 +359,7 @@ def _after_pass(stakes: Sequence[float], draw: _Draw, difference: float) -> list
     ]
 
 
-def _after_fail(stakes: Sequence[float], draw: _Draw, difference: float) -> list[float]:
+def after_fail(stakes: Sequence[float], draw: Draw, difference: float) -> list[float]:
     """Stakes of the bets that Z is below its mean under ``difference``, after the draw."""
     mean = draw.mean + difference * draw.per_point
     most = LARGEST_LOSS / max(draw.highest - mean, 1e-9)
