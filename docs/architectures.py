@@ -50,7 +50,11 @@ SAID = {
     "Each is seen as "
     "two gated branches that add to the stream; its heads and channels are chosen by what enters "
     "its own writers. "
-    "A chat without a picture passes it by.",
+    "These layers and their heads are axes of their own (`--cross-layers`, `--cross-heads`): layers leave "
+    "`cross_attention_layers` and the file; heads leave in whole KV groups and are filled up with zeros, "
+    "because transformers builds both kinds of layers from one number of heads, so they are counted as gone "
+    "but the file is no smaller. "
+    "A chat without a picture passes such a layer by.",
 }
 
 

@@ -40,6 +40,8 @@ SCORES = ("output", "magnitude", "wanda-sp", "minitron", "flap", "taylor")
 @click.option("--kv-heads", default=0, help="KV heads per layer.")
 @click.option("--hidden", default=0, help="Width of the hidden stream.")
 @click.option("--layers", default=0, help="Decoder layers.")
+@click.option("--cross-layers", default=0, help="Those of them that read pictures by cross-attention.")
+@click.option("--cross-heads", default=0, help="Query heads of these, whole KV groups.")
 @click.option(
     "--score", type=click.Choice(SCORES), default="output", show_default=True, help="Of FFN channels."
 )
@@ -70,6 +72,8 @@ def prune(
     kv_heads: int,
     hidden: int,
     layers: int,
+    cross_layers: int,
+    cross_heads: int,
     score: Score,
     shape: Literal["uniform", "per-layer"],
     experts: int,
@@ -96,6 +100,8 @@ def prune(
         kv_heads=kv_heads,
         hidden=hidden,
         layers=layers,
+        cross_layers=cross_layers,
+        cross_heads=cross_heads,
         shape=shape,
         experts=experts,
         latency=latency,

@@ -19,6 +19,8 @@ _AXES = (
     ("FFN channels", "ffn"),
     ("query heads", "heads"),
     ("KV heads", "kv_heads"),
+    ("layers of cross-attention", "cross_layers"),
+    ("their query heads", "cross_heads"),
     ("head dimension", "head_dim"),
     ("vocabulary", "vocab"),
 )
@@ -66,7 +68,8 @@ def model_card(plan: Plan, facts: Sequence[str]) -> str:
 
 
 def _table(teacher: Shape, student: Shape) -> list[str]:
-    rows = [f"| {name} | {getattr(teacher, key)} | {getattr(student, key)} |" for name, key in _AXES]
+    axes = [(name, key) for name, key in _AXES if "cross" not in key or teacher.cross_layers]
+    rows = [f"| {name} | {getattr(teacher, key)} | {getattr(student, key)} |" for name, key in axes]
     return ["| | teacher | student |", "| --- | --- | --- |", *rows]
 
 

@@ -40,16 +40,27 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     vocab: int
     experts: int = 0
     """Routed experts in a layer, whose channels ``ffn`` counts together with the shared ones'; 0: dense."""
+    cross_layers: int = 0
+    """Those of the layers that read pictures by cross-attention, in place of the stream."""
+    cross_heads: int = 0
+    """Query heads of these; where they are fewer than ``heads``, zeros fill them up in the checkpoint."""
 
     @property
     def group(self) -> int:
         """Query heads that share one key-value head."""
         return self.heads // self.kv_heads
 
+    @property
+    def cross_kv_heads(self) -> int:
+        """KV heads of the layers that read pictures: cross-attention loses whole groups."""
+        return self.cross_heads // self.group
+
     def __str__(self) -> str:
         experts = f" in {self.experts} experts" if self.experts > 1 else ""
+        cross = f", {self.cross_layers} of them cross-attention" if self.cross_layers else ""
+        fewer = f" of {self.cross_heads} heads" if 0 < self.cross_heads < self.heads else ""
         return (
-            f"{self.layers} layers, width {self.hidden}, FFN {self.ffn}{experts}, "
+            f"{self.layers} layers{cross}{fewer}, width {self.hidden}, FFN {self.ffn}{experts}, "
             f"{self.heads} query / {self.kv_heads} KV heads of {self.head_dim}"
         )
 
@@ -95,8 +106,6 @@ class Extras(NamedTuple):
     """As `Host.layers_fixed`."""
     spare_rows: int = 0
     """Rows of the embedding that the output matrix has no counterpart of."""
-    cross_layers: int = 0
-    """Layers that read pictures instead of the stream, with norms of query and key heads and two gates."""
 
 
 def bias_of(linear: nn.Linear) -> nn.Parameter | None:
@@ -346,6 +355,7 @@ def keep_layers(model: PreTrainedModel, kept: list[int]) -> None:
     decoder.layers = nn.ModuleList([layers[index].module for index in kept])
     for place, layer in enumerate(layers_of(model)):
         layer.renumber(place)
+    family_of(model).write_layers(model)
 
 
 def softcap_of(model: PreTrainedModel) -> float:
@@ -369,6 +379,8 @@ def shape_of(model: PreTrainedModel) -> Shape:
     heads, kv_heads, head_dim = family.heads(model)
     mixture = mixture_of(model)
     pool = mixture.pool(_sparse_layers(model, mixture)[0]) if mixture else []
+    crossing = sum(layer.gated for layer in layers)
+    noted = getattr(family.config(model), CROSS_HEADS, None) or heads
     return Shape(
         layers=len(layers),
         hidden=layers[0].o.out_features,
@@ -378,11 +390,13 @@ def shape_of(model: PreTrainedModel) -> Shape:
         head_dim=head_dim,
         vocab=int(head_weight(model).shape[0]),
         experts=len(pool) - bool(mixture.shared) if mixture else 0,
+        cross_layers=crossing,
+        cross_heads=noted if crossing else 0,
     )
 
 
 def extras_of(model: PreTrainedModel) -> Extras:
-    family, layer = family_of(model), layers_of(model)[0]
+    family, layer = family_of(model), next(layer for layer in layers_of(model) if not layer.gated)
     attention = layer.module.get_submodule(family.attention)
     mixture = mixture_of(model)
     fixed = family.heads_fixed
@@ -400,7 +414,6 @@ def extras_of(model: PreTrainedModel) -> Extras:
         heads_fill_width=family.heads_fill_width,
         layers_fixed=bool(family.host and family.host.layers_fixed),
         spare_rows=int(body(model).embed_tokens.weight.shape[0] - head_weight(model).shape[0]),
-        cross_layers=sum(layer.gated for layer in layers_of(model)),
     )
 
 
@@ -448,8 +461,15 @@ def parameters(shape: Shape, extras: Extras) -> int:
     if extras.mixed and plain:
         one = msgspec.structs.replace(shape, experts=0, ffn=extras.mixed.plain_ffn)
         routing += plain * layer_parameters(one, extras)
-    crossing = extras.cross_layers * 2 * (shape.head_dim + 1)
-    return embeddings + shape.hidden + routing + crossing
+    return embeddings + shape.hidden + routing + shape.cross_layers * _crossing_parameters(shape, extras)
+
+
+def _crossing_parameters(shape: Shape, extras: Extras) -> int:
+    """What a layer that reads pictures has more than another: norms of query and key heads and two gates;
+    heads that are zeros are taken off."""
+    own = msgspec.structs.replace(shape, heads=shape.cross_heads, kv_heads=shape.cross_kv_heads)
+    fewer = _attention_parameters(own, extras) - _attention_parameters(shape, extras)
+    return 2 * (shape.head_dim + 1) + fewer
 
 
 def write_shape(model: PreTrainedModel, shape: Shape, kept_layers: list[int]) -> None:
@@ -478,3 +498,12 @@ def spell_shape(config: Any, shape: Shape, kept_layers: list[int], *, heads: boo
 def write_ffn_sizes(model: PreTrainedModel, sizes: list[int]) -> None:
     """Note how many channels of each layer are no padding."""
     family_of(model).config(model).ffn_per_layer = sizes
+
+
+CROSS_HEADS = "cross_attention_heads"
+"""Where a configuration notes how many query heads of the layers that read pictures are not zeros."""
+
+
+def write_cross_heads(model: PreTrainedModel, heads: int) -> None:
+    """Note how many heads of the layers that read pictures are no padding."""
+    setattr(family_of(model).config(model), CROSS_HEADS, heads)

@@ -22,6 +22,7 @@ from understudy.compress.corpus import Batch
 from understudy.compress.decoder import Layer, body, layers_of
 from understudy.compress.fidelity import divergence, side_of
 from understudy.compress.progress import Progress, silent
+from understudy.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,16 +35,36 @@ MEASURED_TOKENS = 2048
 
 @torch.no_grad()
 def choose_layers(
-    model: PreTrainedModel, batches: Sequence[Batch], count: int, progress: Progress = silent
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    count: int,
+    progress: Progress = silent,
+    *,
+    crossing: int = 0,
 ) -> list[int]:
-    """The ``count`` layers to keep, ascending."""
-    total = len(layers_of(model)) - count
+    """The ``count`` layers to keep, ascending, ``crossing`` of them such as read pictures.
+
+    Raises ModelError where some of these are to go and no text has a picture.
+    """
+    layers = layers_of(model)
+    total, reading = len(layers) - count, [i for i, layer in enumerate(layers) if layer.gated]
     if not total:
         return list(range(count))
+    blind = len(reading) - crossing
+    if blind:
+        batches = [batch for batch in batches if any(batch.media)]
+    if not batches:
+        raise ModelError(
+            "no picture among the calibration texts, so layers that read pictures cannot be compared",
+            expected="chats with pictures",
+            next_step="give --calibration a file with image_url parts",
+        )
     search = _Search(model, first_batches(batches))
+    left = {True: blind, False: total - blind}
     for done in range(total):
         progress("layers", done, total)
-        search.drop_one()
+        kinds = {kind for kind, number in left.items() if number}
+        left[search.drop_one([i for i in search.kept if (i in reading) in kinds]) in reading] -= 1
     progress("layers", total, total)
     return search.kept
 
@@ -70,11 +91,13 @@ class _Search:
         self.kept = list(range(len(self.layers)))
         self.teacher = side_of(model, self._ends(self._states()[-1]))
 
-    def drop_one(self) -> None:
+    def drop_one(self, among: Sequence[int]) -> int:
+        """Drop the best of these layers, and say which it was."""
         states = self._states()
         moved = [influence(a, b) for a, b in itertools.pairwise(states)]
-        order = sorted(range(len(self.kept)), key=lambda place: moved[place])[:SHORTLIST]
-        del self.kept[min(order, key=lambda place: self._loss(place, states[place]))]
+        places = [place for place, index in enumerate(self.kept) if index in among]
+        order = sorted(places, key=lambda place: moved[place])[:SHORTLIST]
+        return self.kept.pop(min(order, key=lambda place: self._loss(place, states[place])))
 
     def _states(self) -> list[Stream]:
         """The stream in front of each kept layer and behind the last."""

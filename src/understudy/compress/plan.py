@@ -32,6 +32,8 @@ class LayerPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_heads: list[int]
     experts: list[int] = []
     """Routed experts, where a mixture stays one; its channels are then all of theirs."""
+    crossing: bool = False
+    """It reads pictures by cross-attention."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +69,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def ffn(self, place: int) -> int:
         """FFN channels of the student's layer at ``place``."""
         return self.ffns[place] if self.ffns else self.student.ffn
+
+    def heads(self, *, crossing: bool) -> tuple[int, int]:
+        """Query and KV heads of the student's layers that read pictures, or of the others."""
+        if crossing:
+            return self.student.cross_heads, self.student.cross_kv_heads
+        return self.student.heads, self.student.kv_heads
 
     @property
     def removed(self) -> float:
@@ -146,24 +154,31 @@ def decide(
     hidden: int = 0,
     layers: int = 0,
     experts: int = 0,
+    cross_layers: int = 0,
+    cross_heads: int = 0,
 ) -> Plan:
     """The shape for what was asked: sizes named outright are taken (0: the teacher's), and unless ``ffn`` is
     among them ``params`` decides by rule how many FFN channels, and if need be query heads, remain; `search`
     measures instead.
 
     A mixture becomes dense, its FFN chosen from all experts' channels, unless ``experts`` says how many of
-    them remain. Raises InputError when a size is impossible or the budget cannot be reached.
+    them remain. ``layers`` counts all, and without ``cross_layers`` those that read pictures stay. Raises
+    InputError when a size is impossible or the budget cannot be reached.
     """
     before = parameters(teacher, extras)
+    crossing = cross_layers or teacher.cross_layers
     shape = msgspec.structs.replace(
         teacher,
         heads=heads or teacher.heads * (kv_heads or teacher.kv_heads) // teacher.kv_heads,
         kv_heads=kv_heads or teacher.kv_heads,
         hidden=hidden or teacher.hidden,
-        layers=layers or teacher.layers,
+        layers=layers or teacher.layers - teacher.cross_layers + crossing,
+        cross_layers=crossing,
         ffn=ffn or (_experts_ffn(teacher, extras, experts) if experts else teacher.ffn),
         experts=experts or (extras.mixed.dense_experts if extras.mixed else 0),
     )
+    groups = min(teacher.cross_kv_heads, shape.kv_heads)
+    shape = msgspec.structs.replace(shape, cross_heads=cross_heads or groups * shape.group)
     check(teacher, shape, extras)
     reason = "sizes as given"
     if params and not (ffn or experts):
@@ -232,6 +247,7 @@ def _largest_ffn(shape: Shape, extras: Extras, wanted: int) -> int | None:
 def check(teacher: Shape, student: Shape, extras: Extras) -> None:
     """Raises InputError naming the first size that cannot be."""
     _check_experts(teacher, student, extras)
+    _check_crossing(teacher, student)
     for name, size, most in (
         ("ffn", student.ffn, teacher.ffn),
         ("kv_heads", student.kv_heads, teacher.kv_heads),
@@ -281,6 +297,29 @@ def _check_fixed(teacher: Shape, student: Shape, extras: Extras) -> None:
             )
 
 
+def _check_crossing(teacher: Shape, student: Shape) -> None:
+    """Layers that read pictures, and their heads."""
+    if not teacher.cross_layers:
+        if student.cross_layers or student.cross_heads:
+            raise InputError(
+                "sizes of cross-attention layers",
+                expected="a teacher that reads pictures through such layers",
+            )
+        return
+    others, most = student.layers - student.cross_layers, teacher.layers - teacher.cross_layers
+    if not 1 <= student.cross_layers <= teacher.cross_layers or not 1 <= others <= most:
+        raise InputError(
+            f"{student.layers} layers, {student.cross_layers} of them cross-attention",
+            expected=f"1 to {teacher.cross_layers} that read pictures and 1 to {most} others",
+        )
+    step, groups = max(student.group, 1), min(teacher.cross_kv_heads, student.kv_heads)
+    if student.cross_heads not in range(step, groups * step + 1, step):
+        raise InputError(
+            f"cross_heads = {student.cross_heads}",
+            expected=f"whole KV groups of {step}: " + ", ".join(str(n * step) for n in range(1, groups + 1)),
+        )
+
+
 def _check_experts(teacher: Shape, student: Shape, extras: Extras) -> None:
     if student.experts == (extras.mixed.dense_experts if extras.mixed else 0):
         return
@@ -321,10 +360,11 @@ def check_layers(plan: Plan) -> None:
             expected=f"one for each of {len(order)} layers, {plan.student.ffn} at most",
         )
     for place, kept in enumerate(plan.layers):
+        heads, kv_heads = plan.heads(crossing=kept.crossing)
         for name, indices, count, most in (
             ("channels", kept.channels, plan.ffn(place), plan.teacher.ffn),
-            ("heads", kept.heads, plan.student.heads, plan.teacher.heads),
-            ("KV heads", kept.kv_heads, plan.student.kv_heads, plan.teacher.kv_heads),
+            ("heads", kept.heads, heads, plan.teacher.heads),
+            ("KV heads", kept.kv_heads, kv_heads, plan.teacher.kv_heads),
         ):
             if not _are_indices(indices, count, most):
                 raise ModelError(

@@ -36,6 +36,7 @@ from understudy.compress.decoder import (
     layers_of,
     set_linear,
     shape_of,
+    write_cross_heads,
     write_ffn_sizes,
     write_shape,
 )
@@ -102,8 +103,8 @@ def prune(
         run = _Run(model, plan, batches, method, progress, journal)
         done = run.cut_layers()
         width = run.cut_width()
-    if plan.ffns:
-        pad_channels(model, plan.ffns, journal)
+    if plan.ffns or plan.student.cross_heads != plan.student.heads * bool(plan.student.cross_layers):
+        pad(model, plan, journal)
     return msgspec.structs.replace(plan, layers=done, width=width)
 
 
@@ -126,7 +127,10 @@ class _Run:
 
     def _kept(self) -> list[int]:
         given = [layer.layer for layer in self.plan.layers]
-        return given or choose_layers(self.model, self.batches, self.plan.student.layers, self.progress)
+        wanted = self.plan.student
+        return given or choose_layers(
+            self.model, self.batches, wanted.layers, self.progress, crossing=wanted.cross_layers
+        )
 
     def cut_layers(self) -> list[LayerPlan]:
         """Heads and channels of every layer that stays."""
@@ -160,7 +164,7 @@ class _Run:
         if self.journal:
             self.journal.restore("layers", layers, places)
         for place in places:
-            layers[place].regroup(self.plan.student.heads, self.plan.student.kv_heads)
+            layers[place].regroup(*self.plan.heads(crossing=layers[place].gated))
 
     def _cut(self, sweep: _Sweep, index: int, layer: Layer, taylor: Tensor | None) -> None:
         if index not in self.note.kept:
@@ -268,14 +272,16 @@ class _Sweep:
         original = Layer(copy.deepcopy(layer.module), layer.family) if follows else None
         heads = self._attention(index, layer, original, wanted.given)
         channels = self._feed_forward(index, layer, original, wanted)
-        return LayerPlan(layer=index, channels=channels, heads=heads.query, kv_heads=heads.kv)
+        return LayerPlan(
+            layer=index, channels=channels, heads=heads.query, kv_heads=heads.kv, crossing=layer.gated
+        )
 
     def _attention(self, index: int, layer: Layer, original: Layer | None, given: LayerPlan | None) -> Heads:
-        before, after = self.plan.teacher, self.plan.student
+        before, after = self.plan.teacher, self.plan.heads(crossing=layer.gated)
         whole = Heads(list(range(before.heads)), list(range(before.kv_heads)))
         self._reread(layer.read_attention, layer.attention_readers, original)
         ahead = self._advance_teacher(index, original, attention=True)
-        untouched = (after.heads, after.kv_heads) == (before.heads, before.kv_heads)
+        untouched = after == (before.heads, before.kv_heads)
         if untouched and (layer.family.heads_fixed or not (self.drifted and ahead)):
             self.stream.advance(attention_of(layer), index)
             return whole
@@ -290,14 +296,14 @@ class _Sweep:
         return heads
 
     def _choose(self, layer: Layer, gram: Gram) -> Heads:
-        before, after = self.plan.teacher, self.plan.student
+        before, (keep, keep_kv) = self.plan.teacher, self.plan.heads(crossing=layer.gated)
         return choose_heads(
             layer.o.weight,
             gram,
             heads=before.heads,
             kv_heads=before.kv_heads,
-            keep=after.heads,
-            keep_kv=after.kv_heads,
+            keep=keep,
+            keep_kv=keep_kv,
             ridge=self.method.ridge,
         )
 
@@ -380,26 +386,37 @@ def cut_channels(layer: Layer, keep: list[int], down: Tensor) -> None:
     set_linear(layer.down, down, bias_of(layer.down))
 
 
-def pad_channels(model: PreTrainedModel, sizes: list[int], journal: Journal | None = None) -> None:
-    """Fill layers of different sizes up with zero channels, so that they are one standard checkpoint again.
+def pad(model: PreTrainedModel, plan: Plan, journal: Journal | None = None) -> None:
+    """Fill layers of different sizes up with zero channels and zero groups of heads, so that they are one
+    standard checkpoint again.
 
-    The sizes are noted in the configuration as `ffn_per_layer`, and GGUF export leaves the padding out.
+    The sizes are noted in the configuration as `ffn_per_layer`, which GGUF export leaves the padding out by,
+    and `cross_attention_heads`.
     """
+    student = plan.student
     for place, layer in enumerate(layers_of(model)):
         with layer.awake():
-            _pad(layer, max(sizes))
+            _pad(layer.down, (layer.gate, layer.up), student.ffn)
+            if layer.gated:
+                _pad(layer.o, (layer.q,), student.heads * student.head_dim)
+                _pad(None, (layer.k, layer.v), student.kv_heads * student.head_dim)
+                layer.regroup(student.heads, student.kv_heads)
             if journal:
                 journal.finish("padded", place, layer)
-    write_ffn_sizes(model, sizes)
+    if plan.ffns:
+        write_ffn_sizes(model, plan.ffns)
+    if student.cross_layers:
+        write_cross_heads(model, student.cross_heads)
 
 
-def _pad(layer: Layer, most: int) -> None:
-    more = most - layer.down.in_features
-    for reader in (layer.gate, layer.up):
-        bias = bias_of(reader)
+def _pad(writer: nn.Linear | None, readers: Sequence[nn.Linear], most: int) -> None:
+    """Zero rows behind the readers', and zero columns behind the writer's, up to ``most``."""
+    for reader in readers:
+        bias, more = bias_of(reader), most - reader.out_features
         padded = None if bias is None else functional.pad(bias, (0, more))
         set_linear(reader, functional.pad(reader.weight, (0, 0, 0, more)), padded)
-    set_linear(layer.down, functional.pad(layer.down.weight, (0, more)), bias_of(layer.down))
+    if writer is not None:
+        set_linear(writer, functional.pad(writer.weight, (0, most - writer.in_features)), bias_of(writer))
 
 
 def cut_heads(layer: Layer, heads: Heads, head_dim: int, out: Tensor) -> None:

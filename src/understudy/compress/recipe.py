@@ -430,6 +430,8 @@ def _onward(before: Plan, wanted: Plan, extras: Extras) -> Plan:
         kv_heads=to.kv_heads,
         hidden=to.hidden,
         layers=to.layers,
+        cross_layers=to.cross_layers,
+        cross_heads=to.cross_heads,
     )
 
 
@@ -452,6 +454,7 @@ def _looked_up(first: LayerPlan, second: LayerPlan) -> LayerPlan:
         channels=[first.channels[i] for i in second.channels],
         heads=[first.heads[i] for i in second.heads],
         kv_heads=[first.kv_heads[i] for i in second.kv_heads],
+        crossing=second.crossing,
     )
 
 

@@ -54,6 +54,9 @@ ATTEMPTS = 3
 STATISTICS_TOKENS, PROBE_TOKENS = 1_536, 384
 """Tokens that a shape is searched on: those statistics are taken of, and those KL is measured on."""
 
+AXES = ("heads", "kv_heads", "hidden", "layers", "cross_layers", "cross_heads")
+"""Sizes that are asked for by name alone; the FFN's may follow from a budget."""
+
 Texts = Callable[["PreTrainedTokenizerBase"], list[Document]]
 
 
@@ -68,6 +71,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     layers: int = 0
     shape: Literal["uniform", "per-layer"] = "uniform"
     experts: int = 0
+    cross_layers: int = 0
+    cross_heads: int = 0
     latency: float = 0.0
     """Tokens a second to reach."""
 
@@ -178,7 +183,7 @@ def decided(
         sizes = msgspec.structs.replace(sizes, ffn=extras.mixed.active)
     elif msgspec.structs.replace(sizes, shape="uniform") == Sizes():
         sizes = msgspec.structs.replace(sizes, params="0.75")
-    given = {axis: getattr(sizes, axis) for axis in ("heads", "kv_heads", "hidden", "layers")}
+    given = {axis: getattr(sizes, axis) for axis in AXES}
     fixed = extras.mixed or extras.attention or family_of(loaded.model).host is not None
     if sizes.latency and (fixed or read is None or speed is None or sizes.params or sizes.ffn):
         raise InputError(

@@ -113,6 +113,9 @@ class Family:
         wide, narrow = layer.get_submodule(self.o).in_features, layer.get_submodule(self.k).out_features
         return wide // size, narrow // size, size
 
+    def write_layers(self, model: PreTrainedModel) -> None:
+        """Say which layers are of which kind, after some were dropped, where a decoder mixes them."""
+
     def refuse(self, model: PreTrainedModel) -> None:
         """Raise ModelError for a variant of the architecture that cannot be pruned here."""
         if getattr(self.config(model), "use_bidirectional_attention", False):

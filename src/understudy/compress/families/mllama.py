@@ -3,8 +3,10 @@
 A cross-attention layer is seen as every other: two branches that add to the stream, whose heads and channels
 are chosen and refitted by what enters *its* writers, layer by layer. Its queries read the stream, its keys
 and values the projected picture, both branches pass a gate, and a text without a picture passes it by.
-transformers builds all layers from one number of heads and derives their size from the width, so the number
-is the same in both kinds of layers; which heads they are is each layer's own.
+These layers and their heads are axes of their own: `cross_attention_layers` says which remain. transformers
+builds all layers from one number of heads and derives their size from the width, so fewer heads in these
+alone are filled up with zeros, whole KV groups at a time: a zero value head stays zero in healing, whereas a
+zero query head in a living group sees the mean of its values and would come alive.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from understudy.compress.families.host import Host
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 _OTHERS = frozenset({"cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask"})
 
@@ -32,6 +35,18 @@ class _Text(Family):
         known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed: dict[str, Any] = known | paths | {"attention": "cross_attn", "gated": True}
         return _Cross(**changed)
+
+    def heads(self, model: PreTrainedModel) -> tuple[int, int, int]:
+        config = self.config(model)
+        size = config.hidden_size // config.num_attention_heads
+        text = next(layer for layer in self.body(model).layers if hasattr(layer, "self_attn"))
+        return text.self_attn.o_proj.in_features // size, text.self_attn.k_proj.out_features // size, size
+
+    def write_layers(self, model: PreTrainedModel) -> None:
+        decoder = self.body(model)
+        crossing = [place for place, layer in enumerate(decoder.layers) if hasattr(layer, "cross_attn")]
+        decoder.cross_attention_layers = crossing
+        self.config(model).cross_attention_layers = crossing
 
     def attention_call(self, call: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return {name: value for name, value in call.items() if name not in _OTHERS}
@@ -59,4 +74,4 @@ class _Cross(Family):
 
 
 MLLAMA_TEXT = _Text(name="Mllama text", model_type="mllama_text_model", heads_fill_width=True)
-MLLAMA = Host(name="Mllama", model_type="mllama", crossing="model.multi_modal_projector", layers_fixed=True)
+MLLAMA = Host(name="Mllama", model_type="mllama", crossing="model.multi_modal_projector")
