@@ -194,6 +194,9 @@ class Own(Section, frozen=True, kw_only=True):
     """Stop healing after so many minutes (0: no limit); the best checkpoint is kept."""
     learning_rate: float = 0.0
     """Peak learning rate; 0 takes it from how far the pruned student is from its teacher."""
+    lora: int = 0
+    """Rank of low-rank corrections trained in place of the weights, then added into them; 0 trains the
+    weights. With few tokens, or texts that calibration has read, corrections heal more and cost less."""
     baseline: str = ""
     """The best model of the student's size off the shelf, named as `teacher` is; the report compares them."""
     answers: Literal["recorded", "right"] = "recorded"

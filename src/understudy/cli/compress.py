@@ -127,6 +127,7 @@ def prune(
 @click.option("--params", default=None, help="Share to keep (0.75) or a count (108M).")
 @click.option("--tokens", default=None, type=int, help="Tokens of healing.")
 @click.option("--minutes", default=None, type=float, help="Stop healing after so many minutes.")
+@click.option("--lora", default=None, type=int, help="Train corrections of this rank only.  [default: 0]")
 @click.option("--baseline", default=None, help="Best model of that size off the shelf, to compare with.")
 @click.option("--generic", type=FILE, default=None, help="Texts of nobody's traffic, mixed in.")
 @click.option("--generic-share", default=0.25, show_default=True, help="Their share of every step.")
@@ -138,6 +139,7 @@ def own(
     params: str | None,
     tokens: int | None,
     minutes: float | None,
+    lora: int | None,
     baseline: str | None,
     generic: Path | None,
     generic_share: float,
@@ -151,7 +153,7 @@ def own(
 
     config = config_at(config_path)
     given = {"teacher": teacher, "params": params, "distil_tokens": tokens, "minutes": minutes}
-    settings = _settings(config, given | {"baseline": baseline})
+    settings = _settings(config, given | {"lora": lora, "baseline": baseline})
     train, held_out = split_chats(data, alias, config)
     mixed = parts_of(generic) if generic else Parts([], [])
     job = recipe.OwnJob(

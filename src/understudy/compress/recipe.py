@@ -49,7 +49,7 @@ CHECKED_TOKENS = 3_000
 nothing."""
 CHECKED_SHARE = 0.1
 """Most of the training texts that may be set aside so."""
-RIGHT: dict[str, float] = {"adapt": 0.7, "adapt_ce": 0.9, "adapt_rest": 0.03}
+RIGHT: dict[str, float] = {"adapt": 0.7, "adapt_ce": 0.9, "adapt_rest": 0.3}
 """Where right answers are learnt, which the teacher may not know: more of the run, mostly cross-entropy."""
 
 
@@ -319,6 +319,7 @@ class _Steps:
             tokens=max(self.job.settings.distil_tokens // count, 1),
             minutes=self.job.settings.minutes / count,
             learning_rate=self.job.settings.learning_rate,
+            lora=self.job.settings.lora,
             seed=self.job.seed,
             generic=self.job.generic_share if self.texts.generic else 0.0,
         )
