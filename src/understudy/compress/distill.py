@@ -258,7 +258,7 @@ class _Run:
             if asked and not self.curve.finished:
                 self.save()
                 raise KeyboardInterrupt
-        states.fill(self.trained, states.read_tensors(self.state / BEST))
+        states.fill(self.trained, states.Tensors(self.state / BEST))
         if self.settings.lora:
             lowrank.merge(self.student)
         self.student.requires_grad_(True)
@@ -419,7 +419,7 @@ class _Run:
 
     def _step_back(self) -> None:
         """To the best weights, with half the rate and without momentum: what led away from there is wrong."""
-        states.fill(self.trained, states.read_tensors(self.state / BEST))
+        states.fill(self.trained, states.Tensors(self.state / BEST))
         self.optimiser.state.clear()
         self.curve.halvings += 1
 
@@ -460,7 +460,7 @@ class _Run:
         self.curve = saved.curve
         self.started = time.monotonic()
         if not self.curve.finished:
-            tensors = states.read_tensors(self.state / f"step-{self.step}.safetensors")
+            tensors = states.Tensors(self.state / f"step-{self.step}.safetensors")
             states.fill(self.learnt, tensors)
             states.fill_optimiser(self.optimiser, self.learnt, tensors)
 
@@ -488,7 +488,7 @@ def put_best(student: PreTrainedModel, settings: Settings, state: Path) -> None:
     """Give a student that was not trained here, as it was before, the best weights of a run."""
     if settings.lora:
         lowrank.correct(student, settings.lora, settings.seed)
-    best = states.read_tensors(state / BEST)
+    best = states.Tensors(state / BEST)
     states.fill({n: p for n, p in student.named_parameters() if n in best}, best)
     if settings.lora:
         lowrank.merge(student)
