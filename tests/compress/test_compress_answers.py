@@ -424,7 +424,7 @@ async def test_hosted_teachers_by_the_commands(vendor, student: Path, data: Path
 
 
 def test_recorded_answers_are_harvested_from_traffic(student: Path, chats, tmp_path: Path):
-    """Feedback says which failed; the same call twice is learnt once."""
+    """Feedback or a grader says which failed; the same call twice is learnt once."""
     from understudy.traffic.record import Call, Feedback
     from understudy.traffic.store import open_store
 
@@ -448,6 +448,9 @@ def test_recorded_answers_are_harvested_from_traffic(student: Path, chats, tmp_p
         )
         if number in (5, 6):
             said.append(Feedback(key=f"f{number}", at=1.7e9, call=key, metric="right", value=0.0))
+        if number in (7, 8):
+            right = one[-1]["content"] if number == 7 else "something else altogether"
+            said.append(Feedback(key=f"e{number}", at=1.7e9, call=key, expected=right))
     with open_store("sqlite:///understudy.db", tmp_path) as store:
         store.insert([*calls, *said], "s", 1)
     out = run(
@@ -461,5 +464,5 @@ def test_recorded_answers_are_harvested_from_traffic(student: Path, chats, tmp_p
         "--config",
         config,
     )
-    assert "35 answers; left out 2 failures, 2 near-duplicates" in out.stderr
+    assert "34 answers; left out 3 failures, 2 near-duplicates" in out.stderr
     assert healing.RECORDED == "recorded"
