@@ -342,7 +342,11 @@ def _heal(student: Any, teacher: Any, documents: list[Document], folder: Path, w
     """One epoch. A beginning that many chats share is read once, and counted with each of them."""
     chat_tokens, distinct = sum(len(d.tokens) for d in documents), sum(distinct_tokens(documents))
     settings = distill.Settings(
-        tokens=distinct, checks=1, precision="fp32", states="bf16" if way.endswith("bf16") else "fp32"
+        tokens=distinct,
+        checks=1,
+        precision="fp32",
+        states="bf16" if way.endswith("bf16") else "fp32",
+        lora=16 if way.endswith("lora") else 0,
     )
     if way == "ours-cached":
         settings = msgspec.structs.replace(settings, row_tokens=512)
@@ -411,6 +415,7 @@ STEPS = {
     "sft": "plain supervised fine-tuning: the same without a teacher",
     "ours": "ours, live teacher, nothing remembered",
     "ours-bf16": "ours, optimiser states in bf16",
+    "ours-lora": "ours, corrections of rank 16 in place of the weights",
     "ours-cached": "ours on targets captured beforehand",
 }
 KINDS = {
