@@ -103,8 +103,8 @@ def distil(
         return
     for note in curve.notes:
         click.echo(note)
-    first, best = curve.checks[0], min(c.kl for c in curve.checks)
-    click.echo(f"held-out KL {first.kl:.4f} → {best:.4f} after {curve.points[-1].tokens:,} tokens → {out}")
+    first, kept = curve.checks[0], curve.checks[curve.best]
+    click.echo(f"held-out KL {first.kl:.4f} → {kept.kl:.4f} after {curve.points[-1].tokens:,} tokens → {out}")
 
 
 def _generated(
