@@ -33,7 +33,7 @@ from understudy.rollout.look import look_at
 from understudy.rollout.standing import Standing
 from understudy.rollout.trials import Order, begin
 from understudy.traffic.database import Database, open_database
-from understudy.traffic.hours import HOUR_S, Hour
+from understudy.traffic.hours import DAY_H, HOUR_S, Hour
 from understudy.traffic.record import Call, Feedback, Record
 from understudy.traffic.rows import CALL_COLUMNS, FEEDBACK_COLUMNS
 from understudy.traffic.store import open_store
@@ -118,7 +118,7 @@ def _key(at: float, number: int) -> str:
 
 def multiply(database: Database, times: int, now: float) -> None:
     """Copies of every call and of what was said of it, so that neighbours in time have other texts; then the
-    hourly sums anew. Two calls in three have a task of their own copy, the others one of all copies."""
+    sums of hours and days anew. Two calls in three have a task of their own copy, the others one of all."""
     step = DAYS * 86_400 / SEED
     place = f"(CAST(({now} - at) / {step} AS INTEGER) + copy * 371) % {SEED}"
     at = f"({now} - {place} * {step} - copy * {step / times} - 1)"
@@ -143,10 +143,10 @@ def multiply(database: Database, times: int, now: float) -> None:
                 f"INSERT INTO {table} ({columns}) {copies} SELECT {values} FROM first_{table}, n "
                 f"WHERE {times} > 1 ORDER BY 1"
             )
-    _sum_hours(database)
+    _sum_up(database)
 
 
-def _sum_hours(database: Database) -> None:
+def _sum_up(database: Database) -> None:
     sums = {
         "calls": "COUNT(*)", "failed": "SUM(status >= 400)", "priced": "SUM(cost_usd IS NOT NULL)",
         "prompt_tokens": "SUM(prompt_tokens)", "completion_tokens": "SUM(completion_tokens)",
@@ -158,6 +158,13 @@ def _sum_hours(database: Database) -> None:
         database.execute(
             f"INSERT INTO hours ({', '.join(Hour._fields)}) SELECT CAST(at / {HOUR_S} AS INTEGER), alias, "
             f"target, {', '.join(sums[name] for name in Hour._fields[3:])} FROM calls GROUP BY 1, 2, 3"
+        )
+        database.execute("DELETE FROM days")
+        columns = ", ".join(Hour._fields[1:])
+        summed = ", ".join(f"SUM({name})" for name in Hour._fields[3:])
+        database.execute(
+            f"INSERT INTO days (day, {columns}) SELECT hour / {DAY_H}, alias, target, {summed} FROM hours "
+            "GROUP BY 1, 2, 3"
         )
 
 

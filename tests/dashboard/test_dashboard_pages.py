@@ -86,6 +86,7 @@ async def test_today_counts_the_last_day_and_month(browse: Browse, store: Store,
     assert "Spend, 24 h $1.50 $4.50 in 30 days; 1 without a price" in stats
     assert "Tokens, 24 h 3.6 k 10.8 k in 30 days" in stats
     assert "assistant success 0.250 1" in stats
+    assert "the last call was recorded" in stats
     assert "openai/gpt-4-0613" in stats
     assert text.count("<svg") == 2
 
@@ -242,6 +243,25 @@ async def test_whatever_was_recorded_is_shown(
     assert shown in page.text
     assert_inert(page.text)
     assert (await browser.get("/traffic")).status == 200
+
+
+async def test_redactions_are_marked_in_the_list_too(
+    browse: Browse, store: Store, make_call: MakeCall
+) -> None:
+    store.insert([make_call(prompt="write to [email:1f3a9c0d] <b>", answer="[email:1f3a9c0d] it is")], "s", 1)
+    text = (await (await browse()).get("/traffic")).text
+    assert "write to <mark>[email:1f3a9c0d]</mark> &lt;b&gt;" in text
+    assert "<mark>[email:1f3a9c0d]</mark> it is" in text
+
+
+async def test_a_newcomer_is_told_three_steps(browse: Browse, store: Store, make_call: MakeCall) -> None:
+    browser = await browse()
+    first = (await browser.get("/")).text
+    assert "OPENAI_BASE_URL=http://127.0.0.1:8080/v1" in first
+    assert "model = &#34;assistant&#34;" in first or 'model = "assistant"' in first
+    assert "<svg" not in first  # no empty charts
+    store.insert([make_call(at=time.time())], "s", 1)
+    assert "Three steps" not in (await browser.get("/")).text
 
 
 async def test_bodies_are_saved_never_shown(browse: Browse, store: Store, make_call: MakeCall) -> None:

@@ -78,6 +78,8 @@ class Today(NamedTuple):
     feedback: list[Said]
     snapshot: dt.date
     stale_days: int
+    last_at: float | None
+    """Unix seconds of the newest call; None where there is none."""
     gateway: str
     """HOST:PORT applications are pointed at."""
     roles: dict[Level, str] = ROLES
@@ -104,6 +106,7 @@ def page(desk: Desk, query: Mapping[str, str]) -> Today:
         feedback=_feedback(desk),
         snapshot=desk.catalog.read,
         stale_days=desk.catalog.stale_days(dt.datetime.fromtimestamp(now, dt.UTC).date()),
+        last_at=_last_at(desk),
         gateway=desk.config.gateway.listen,
     )
 
@@ -153,6 +156,11 @@ def _each(hours: list[Hour], span: int) -> dict[int, Use]:
     for hour in hours:
         spans.setdefault(hour.hour // span, []).append(hour)
     return {number: total(of_span) for number, of_span in spans.items()}
+
+
+def _last_at(desk: Desk) -> float | None:
+    found = desk.lists.query("SELECT at FROM calls ORDER BY key DESC LIMIT 1")
+    return float(found[0][0]) if found else None
 
 
 def _feedback(desk: Desk) -> list[Said]:
