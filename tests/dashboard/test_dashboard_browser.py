@@ -103,11 +103,14 @@ async def visit(chromium: Any, browse: Browse, config: Config) -> Visit:
     return page
 
 
-async def violations(tab: Any) -> list[str]:
-    """What axe finds by all its rules."""
+async def violations(tab: Any, only: str = "") -> list[str]:
+    """What axe finds, by all its rules or by one."""
     if not await tab.evaluate("'axe' in window"):
         await tab.evaluate(axe.AXE_FILE_PATH.read_text())
-    found = (await tab.evaluate("axe.run(document, {resultTypes: ['violations']})"))["violations"]
+    options: dict[str, Any] = {"resultTypes": ["violations"]}
+    if only:
+        options["runOnly"] = [only]
+    found = (await tab.evaluate("options => axe.run(document, options)", options))["violations"]
     return [f"{v['id']}: {[node['html'][:120] for node in v['nodes'][:3]]}" for v in found]
 
 
@@ -141,8 +144,8 @@ async def every_page(visit: Visit) -> dict[str, str]:
 
 
 async def look_at_page(visit: Visit, name: str) -> list[str]:
-    """What is wrong with the open page: whether it fits, and axe's rules, narrow in the light and wide in the
-    dark."""
+    """What is wrong with the open page: whether it fits, axe's rules narrow in the light, and those of
+    colours wide in the dark."""
     faults: list[str] = []
     for width, size in (("wide", WIDE), ("narrow", NARROW)):
         await visit.tab.set_viewport_size(size)
@@ -156,7 +159,7 @@ async def look_at_page(visit: Visit, name: str) -> list[str]:
     await visit.tab.set_viewport_size(WIDE)
     await visit.tab.emulate_media(color_scheme="dark")
     await visit.picture(f"{name}-wide-dark")
-    faults += [f"{name}, wide and dark: {found}" for found in await violations(visit.tab)]
+    faults += [f"{name}, wide and dark: {found}" for found in await violations(visit.tab, "color-contrast")]
     await visit.tab.emulate_media(color_scheme="light")
     return faults
 
