@@ -128,7 +128,7 @@ class World:
             "choices": [{"message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]
         }
         return Call(
-            key=new_key(),
+            key=f"{int(self.now * 1000):012x}{new_key()[12:]}",
             at=self.now,
             route="chat.completions",
             alias="chat",

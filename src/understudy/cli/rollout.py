@@ -259,11 +259,13 @@ def _means_of(config: Config) -> Callable[[str], Means]:
 
 def _look(config: Config, store: Store, route: Route) -> Look:
     """The evidence of a trial, read anew."""
-    from understudy.rollout.controller import Trial
+    from understudy.rollout.controller import Trial, fold_in
     from understudy.rollout.look import look_at
 
     settings = config.rollout or configuration.Rollout()
-    return look_at(route, Trial(store, route, settings).look(route, time.time()), settings)
+    trial = Trial(store, route, settings)
+    fold_in(store, [(route, trial)], time.time())
+    return look_at(route, trial.standing, settings)
 
 
 def _plain(look: Look | None) -> Any:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -19,7 +19,7 @@ import msgspec
 from understudy.config import Config, Rollout
 from understudy.errors import InputError, UserError
 from understudy.rollout.course import Decision, Step, decide
-from understudy.rollout.evidence import Evidence
+from understudy.rollout.evidence import Evidence, look
 from understudy.rollout.look import Look, look_at
 from understudy.rollout.shadow import Means, Shadow
 from understudy.rollout.standing import Standing
@@ -59,24 +59,39 @@ class Trial:
         self.shown: Look | None = None
         self.shown_at = 0.0
 
-    def look(self, route: Route, now: float) -> Standing:
-        """Fold in what happened since the last look. Raises StoreError."""
+    def turn_to(self, route: Route) -> Evidence | None:
+        """Know where the route stands now; returns what is told of its traffic, once there is a canary."""
         if route.share >= 1.0:
             self._alone = min(self._alone, route.changed_at)
         self.standing.alone_since = self._alone
-        self.standing.add_pairs(self.shadow.pairs())
         if self._evidence is None and route.stage == "canary":
             self._evidence = Evidence(
-                self._store,
                 route.alias,
                 candidate=route.candidate,
                 incumbent=route.model,
                 since=self._canary or route.changed_at,
                 settle_s=self._settings.settle_s,
             )
-        if self._evidence is not None:
-            self.standing.add(self._evidence.until(now))
-        return self.standing
+        return self._evidence
+
+    def add_pairs(self) -> None:
+        """Fold in the copies answered since the last time. Raises StoreError."""
+        self.standing.add_pairs(self.shadow.pairs())
+
+
+def fold_in(store: Store, under_way: Sequence[tuple[Route, Trial]], now: float) -> None:
+    """Give each trial what happened since it was last looked at, read for all of them together.
+
+    Raises StoreError.
+    """
+    told: list[tuple[Standing, Evidence]] = []
+    for route, trial in under_way:
+        trial.add_pairs()
+        if evidence := trial.turn_to(route):
+            told.append((trial.standing, evidence))
+    events = look(store, [evidence for _, evidence in told], now)
+    for (standing, _), of in zip(told, events, strict=True):
+        standing.add(of)
 
 
 class Controller:
@@ -108,27 +123,34 @@ class Controller:
             or Trial(self._store, r, self._settings)
             for r in routes
         }
-        return [await self._one(route) for route in routes]
-
-    async def _one(self, route: Route) -> Report:
-        trial = self._trials[route.alias, route.origin]
         now = self._clock()
-        standing = trial.look(route, now)
-        decision = decide(route, standing, self._settings, now)
-        self._keep_look(trial, route, now)
+        under_way = [(route, self._trials[route.alias, route.origin]) for route in routes]
+        fold_in(self._store, under_way, now)
+        decisions = [decide(route, trial.standing, self._settings, now) for route, trial in under_way]
+        self._keep_looks(under_way, now)
+        return [
+            await self._one(route, trial, decision, now)
+            for (route, trial), decision in zip(under_way, decisions, strict=True)
+        ]
+
+    async def _one(self, route: Route, trial: Trial, decision: Decision, now: float) -> Report:
         if decision.step is None and route.stage in ("replay", "shadow"):
             await self._copy(route, trial, now)
             decision = self._after_copies(route, trial, now)
         if decision.step is None:
-            return Report(route, standing, decision.missing)
-        return Report(self._take(route, decision.step), standing, [])
+            return Report(route, trial.standing, decision.missing)
+        return Report(self._take(route, decision.step), trial.standing, [])
 
-    def _keep_look(self, trial: Trial, route: Route, now: float) -> None:
+    def _keep_looks(self, under_way: Sequence[tuple[Route, Trial]], now: float) -> None:
         """For the dashboard: where something has happened, and else every half minute."""
-        seen = look_at(route, trial.standing, self._settings)
-        if seen != trial.shown or now - trial.shown_at > SHOWN_S:
-            trial.shown, trial.shown_at = seen, now
-            self._store.set_look(route.alias, now, msgspec.json.encode(seen).decode())
+        new: list[tuple[str, float, str]] = []
+        for route, trial in under_way:
+            seen = look_at(route, trial.standing, self._settings)
+            if seen != trial.shown or now - trial.shown_at > SHOWN_S:
+                trial.shown, trial.shown_at = seen, now
+                new.append((route.alias, now, msgspec.json.encode(seen).decode()))
+        if new:
+            self._store.set_looks(new)
 
     async def _copy(self, route: Route, trial: Trial, now: float) -> None:
         replay = route.stage == "replay"
@@ -140,7 +162,8 @@ class Controller:
 
     def _after_copies(self, route: Route, trial: Trial, now: float) -> Decision:
         """What the copies just made, or that there were none to make, lead to."""
-        standing, shadow = trial.look(route, now), trial.shadow
+        trial.add_pairs()
+        standing, shadow = trial.standing, trial.shadow
         decision = decide(route, standing, self._settings, now)
         if decision.step is None and shadow.broke:
             spent = f"${shadow.spent_usd:.2f} were spent on {standing.replays + standing.pairs} copies"

@@ -9,21 +9,26 @@ tells the same in the same order. It ignores what follows from it (standing, con
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
 from understudy.errors import InputError
 from understudy.evaluate.grade import grade, is_json, reply_of, standard
 from understudy.protocol import Json
+from understudy.traffic.record import Feedback
 from understudy.traffic.rows import StoredCall
-from understudy.traffic.sample import Exchange, exchange
+from understudy.traffic.sample import Exchange, exchanges_of
 from understudy.traffic.store import Store
 
 LAG_S = 2.0
 """How far behind the present is read: by then a call is in the store."""
 LONGEST_S = 900.0
 """Calls that last longer are not waited for."""
+SLACK_S = 1.0
+"""A call's key, by which it is found, is made a moment before its time is noted."""
+FEW = 1000
+"""So many keys are remembered without a thought."""
 
 
 class Answered(NamedTuple):
@@ -62,57 +67,86 @@ class _Task(NamedTuple):
     """Key of its first call."""
 
 
-class Evidence:
-    """Tells of each task of one trial once, in order of time."""
+class _Turn(NamedTuple):
+    """What a trial has come to, before any text is opened."""
 
-    def __init__(
-        self, store: Store, alias: str, *, candidate: str, incumbent: str, since: float, settle_s: float
-    ) -> None:
-        self._store = store
-        self._alias = alias
+    answered: list[tuple[_Task, StoredCall]]
+    """First calls that have ended."""
+    due: list[tuple[_Task, list[StoredCall]]]
+    """Tasks whose time has come, with their calls until then."""
+
+
+class Evidence:
+    """Tells of each task of one trial once, in order of time; `look` reads for many of them at once."""
+
+    def __init__(self, alias: str, *, candidate: str, incumbent: str, since: float, settle_s: float) -> None:
+        self.alias = alias
         self._arms = {candidate: True, incumbent: False}
         self._since = self._told = since
         self._settle_s = settle_s
+        self._read: dict[str, float] = {}
+        """Calls that were read, with their times, as far back as one may still come into the store."""
+        self._ahead: list[StoredCall] = []
+        """Calls nearer to the present than is told of."""
         self._tasks: dict[str, _Task | None] = {}
-        self._answered: set[str] = set()
+        self._running: dict[str, StoredCall] = {}
+        """First calls that have not ended."""
+        self._open: dict[str, list[StoredCall]] = {}
+        """Calls of the tasks that have not settled."""
         self._settled: set[str] = set()
 
-    def until(self, now: float) -> list[Event]:
-        """What has happened since the last time it was asked. Raises StoreError."""
-        upto = max(self._told, now - LAG_S)
-        since = max(self._since, self._told - self._settle_s - LONGEST_S)
-        calls = list(self._store.calls(alias=self._alias, since=since, until=upto))
-        events: list[Event] = [*self._first_calls(calls, upto), *self._outcomes(calls, upto)]
-        self._told = upto
-        return sorted(events, key=lambda event: event.at)
+    @property
+    def reads_since(self) -> float:
+        """No call that began before this moment (Unix seconds) is still to come."""
+        return max(self._since, self._told - self._settle_s - LONGEST_S)
 
-    def _first_calls(self, calls: Iterable[StoredCall], upto: float) -> Iterator[Answered]:
-        for stored in calls:
-            call, name = stored.call, _identity(stored)
-            task = self._task(name, stored)
-            ended = call.at + call.total_s
-            if task and task.first == call.key and ended <= upto and name not in self._answered:
-                self._answered.add(name)
-                failed = _failed(stored)
-                bad = not failed and (call.finish_reason == "length" or self._invalid(call.key))
-                yield Answered(ended, task.candidate, failed, bad, call.ttft_s, call.total_s)
+    def unread(self, keys: Iterable[str]) -> list[str]:
+        """Those of these calls that it has not been given."""
+        return [key for key in keys if key not in self._read]
 
-    def _outcomes(self, calls: Iterable[StoredCall], upto: float) -> Iterator[Settled]:
-        due: dict[str, list[StoredCall]] = {}
+    def give(self, calls: Iterable[StoredCall]) -> None:
+        """Calls of the alias, in order of time."""
         for stored in calls:
-            name = _identity(stored)
-            task = self._tasks.get(name)
-            end = task.begun + self._settle_s if task else upto
-            if task and stored.call.at <= end <= upto and name not in self._settled:
-                due.setdefault(name, []).append(stored)
-        self._settled.update(due)
-        said = {f.call for f in self._store.feedback([s.call.key for of in due.values() for s in of])}
-        for name, of_task in due.items():
+            self._read[stored.call.key] = stored.call.at
+            if stored.call.at >= self._since:
+                self._ahead.append(stored)
+
+    def advance(self, upto: float) -> _Turn:
+        """Go on to a time (Unix seconds)."""
+        self._told = max(self._told, upto)
+        here = [stored for stored in self._ahead if stored.call.at < self._told]
+        self._ahead = [stored for stored in self._ahead if stored.call.at >= self._told]
+        for stored in sorted(here, key=lambda each: each.call.key):
+            self._hear(stored)
+        turn = _Turn(list(self._answered()), list(self._due()))
+        oldest = self.reads_since - SLACK_S
+        if len(self._read) > 2 * FEW and next(iter(self._read.values())) < oldest:
+            self._read = {key: at for key, at in self._read.items() if at >= oldest}
+        return turn
+
+    def _hear(self, stored: StoredCall) -> None:
+        name = _identity(stored)
+        task = self._task(name, stored)
+        if task is None or name in self._settled:
+            return
+        self._open.setdefault(name, []).append(stored)
+        if task.first == stored.call.key:
+            self._running[name] = stored
+
+    def _answered(self) -> Iterator[tuple[_Task, StoredCall]]:
+        for name, stored in list(self._running.items()):
             task = self._tasks[name]
-            assert task is not None, "only tasks of the trial are due"
-            end = task.begun + self._settle_s
-            spoken_of = [stored.call.key for stored in of_task if stored.call.key in said]
-            yield Settled(end, task.candidate, self._outcome(spoken_of, end), _cost(of_task))
+            if task and ended_at(stored) <= self._told:
+                del self._running[name]
+                yield task, stored
+
+    def _due(self) -> Iterator[tuple[_Task, list[StoredCall]]]:
+        for name, calls in list(self._open.items()):
+            task = self._tasks[name]
+            if task and (end := task.begun + self._settle_s) <= self._told:
+                del self._open[name]
+                self._settled.add(name)
+                yield task, [stored for stored in calls if stored.call.at <= end]
 
     def _task(self, name: str, stored: StoredCall) -> _Task | None:
         """The call's task; None for one that neither model was asked for."""
@@ -122,15 +156,73 @@ class Evidence:
             self._tasks[name] = None if arm is None else _Task(stored.call.at, arm, stored.call.key)
         return self._tasks[name]
 
-    def _outcome(self, keys: Iterable[str], end: float) -> float | None:
-        found = (exchange(self._store, key, until=end) for key in keys)
-        grades = [value for each in found if each is not None and (value := graded(each)) is not None]
-        return fmean(grades) if grades else None
+    def tell(
+        self, turn: _Turn, texts: Mapping[str, Exchange], said: Mapping[str, list[Feedback]]
+    ) -> list[Event]:
+        """The events of a turn, with the texts that were opened for it and what was said of its calls."""
+        events: list[Event] = [
+            _answer(task, stored, texts.get(stored.call.key)) for task, stored in turn.answered
+        ]
+        for task, calls in turn.due:
+            end = task.begun + self._settle_s
+            grades = [
+                value
+                for stored in calls
+                if (value := _grade(texts.get(stored.call.key), said.get(stored.call.key, ()), end))
+                is not None
+            ]
+            events.append(Settled(end, task.candidate, fmean(grades) if grades else None, _cost(calls)))
+        return sorted(events, key=lambda event: event.at)
 
-    def _invalid(self, key: str) -> bool:
-        """Recorded without its texts, an answer is not judged."""
-        found = exchange(self._store, key)
-        return found is not None and useless(found.request, found.body)
+
+def look(store: Store, trials: Sequence[Evidence], now: float) -> list[list[Event]]:
+    """What has happened to each of some trials since the last look; each statement asks for all of them.
+
+    Raises StoreError.
+    """
+    if not trials:
+        return []
+    arrived = store.arrived([t.alias for t in trials], min(t.reads_since for t in trials) - SLACK_S)
+    fresh = [key for trial in trials for key in trial.unread(arrived.get(trial.alias, ()))]
+    found: dict[str, list[StoredCall]] = {}
+    for stored in store.some(fresh):
+        found.setdefault(stored.call.alias, []).append(stored)
+    for trial in trials:
+        trial.give(found.get(trial.alias, ()))
+    turns = [trial.advance(now - LAG_S) for trial in trials]
+    said: dict[str, list[Feedback]] = {}
+    due = [stored.call.key for turn in turns for _, calls in turn.due for stored in calls]
+    for feedback in store.feedback(due):
+        said.setdefault(feedback.call, []).append(feedback)
+    held_against = [key for key, of in said.items() if any(each.expected for each in of)]
+    judged = [stored.call.key for turn in turns for _, stored in turn.answered if not _hopeless(stored)]
+    texts = exchanges_of(store, {**dict.fromkeys(judged, ()), **{key: said[key] for key in held_against}})
+    return [trial.tell(turn, texts, said) for trial, turn in zip(trials, turns, strict=True)]
+
+
+def ended_at(stored: StoredCall) -> float:
+    """Unix seconds."""
+    return stored.call.at + stored.call.total_s
+
+
+def _hopeless(stored: StoredCall) -> bool:
+    """Whether it needs no text to tell that an answer failed or is of no use."""
+    return _failed(stored) or stored.call.finish_reason == "length"
+
+
+def _answer(task: _Task, stored: StoredCall, text: Exchange | None) -> Answered:
+    """Recorded without its texts, an answer is not judged."""
+    call, failed = stored.call, _failed(stored)
+    bad = call.finish_reason == "length" or (text is not None and useless(text.request, text.body))
+    return Answered(ended_at(stored), task.candidate, failed, bad and not failed, call.ttft_s, call.total_s)
+
+
+def _grade(text: Exchange | None, said: Sequence[Feedback], end: float) -> float | None:
+    """How right one call was by what was said of it until then; without its text only numbers tell."""
+    said = [each for each in said if each.at <= end]
+    if expected := [each.expected for each in said if each.expected]:
+        return graded(text._replace(expected=expected[-1])) if text is not None else None
+    return _mean({each.metric: each.value for each in said if each.value is not None})
 
 
 def graded(each: Exchange) -> float | None:
@@ -142,7 +234,11 @@ def graded(each: Exchange) -> float | None:
             return grade(rule.grader, reply_of(each.body), rule.expected)
         except InputError:  # a tag of the application's; a trial is not the place to refuse it
             return None
-    numbers = [value for value in each.grades.values() if 0.0 <= value <= 1.0]
+    return _mean(each.grades)
+
+
+def _mean(grades: Mapping[str, float]) -> float | None:
+    numbers = [value for value in grades.values() if 0.0 <= value <= 1.0]
     return fmean(numbers) if numbers else None
 
 

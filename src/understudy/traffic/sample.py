@@ -7,7 +7,7 @@ side. It ignores how a candidate is asked (evaluate) and how a chat is tokenised
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import msgspec
@@ -82,6 +82,13 @@ def exchange(store: Store, key: str, *, until: float | None = None) -> Exchange 
         return None
     said = store.feedback([key])
     return _exchange(stored, [f for f in said if until is None or f.at <= until])
+
+
+def exchanges_of(store: Store, said: Mapping[str, Sequence[Feedback]]) -> dict[str, Exchange]:
+    """Some recorded chat calls (keys) with their texts and what the caller knows was said of each; left out
+    are those that are not there or were recorded without texts."""
+    read = (_exchange(stored, said[stored.call.key]) for stored in store.some(list(said), texts=True))
+    return {found.key: found for found in read if found is not None}
 
 
 def split(sample: Iterable[Exchange], held_out: float) -> Split:

@@ -296,6 +296,23 @@ class Store:
             return None
         return next(iter(self._page(found, True, None)), None)
 
+    def some(self, keys: Sequence[str], *, texts: bool = False) -> Iterator[StoredCall]:
+        """The calls with these keys, in the order of their keys, that are there."""
+        for part in chunks(sorted(keys)):
+            sql = f"SELECT {CALL_COLUMNS} FROM calls WHERE key IN ({marks(part)}) ORDER BY key"  # noqa: S608
+            if found := self._database.query(sql, part):
+                yield from self._page(found, texts, None)
+
+    def arrived(self, aliases: Sequence[str], since: float) -> dict[str, list[str]]:
+        """Keys of the calls of some aliases that began since then (Unix seconds), by alias, each in order."""
+        found: dict[str, list[str]] = {}
+        for part in chunks(aliases):
+            of_them = f"alias IN ({marks(part)}) AND key >= ?"
+            sql = f"SELECT alias, key FROM calls WHERE {of_them} ORDER BY alias, key"  # noqa: S608 only "?"
+            for alias, key in self._database.query(sql, (*part, _key_at(since))):
+                found.setdefault(alias, []).append(key)
+        return found
+
     def _pages(self, where: _Where, newest_first: bool) -> Iterator[list[Row]]:
         """Rows page by page, each page found by the last key of the one before."""
         order, beyond = ("DESC", "key < ?") if newest_first else ("ASC", "key > ?")
@@ -550,12 +567,16 @@ class Store:
 
     def set_look(self, alias: str, at: float, seen: str) -> None:
         """Keep how a trial stood at a time (Unix seconds), as JSON, in place of the last look."""
+        self.set_looks([(alias, at, seen)])
+
+    def set_looks(self, looks: Sequence[tuple[str, float, str]]) -> None:
+        """The same for several trials at once."""
         sql = (
             "INSERT INTO looks (alias, at, seen) VALUES (?, ?, ?) "
             "ON CONFLICT (alias) DO UPDATE SET at = excluded.at, seen = excluded.seen"
         )
         with self._database.transaction():
-            self._database.execute(sql, (alias, at, seen))
+            self._database.many(sql, looks)
 
     def looks(self) -> dict[str, tuple[float, str]]:
         """The last look at each trial there was: its time and JSON."""
@@ -570,8 +591,7 @@ class Store:
             "AND number = (SELECT MIN(number) FROM attempts WHERE call = calls.key)), target) "
             "FROM calls WHERE alias = ? AND key >= ? AND task_id <> '' ORDER BY key"
         )
-        bound = f"{max(0, int(since * 1000)):012x}"  # keys begin with their time in milliseconds
-        yield from ((row[0], row[1]) for row in self._database.query(sql, (alias, bound)))
+        yield from ((row[0], row[1]) for row in self._database.query(sql, (alias, _key_at(since))))
 
     def route_history(self, alias: str | None = None) -> list[Route]:
         """Every version of an alias's route, or of all in order of time; oldest first."""
@@ -650,6 +670,11 @@ class _Where:
     @property
     def sql(self) -> str:
         return "WHERE " + " AND ".join(self._conditions) if self._conditions else ""
+
+
+def _key_at(moment: float) -> str:
+    """What every key of that time or a later one is not less than: keys begin with milliseconds."""
+    return f"{max(0, int(moment * 1000)):012x}"
 
 
 def _route(row: Row) -> Route:
