@@ -5,8 +5,9 @@ worse by the margin, on a short course with a wide margin; regressions of ten po
 candidates that answer 503. Then the default course by simulation, a thousand of each: course, bets and guards
 are the same code, tasks come as events, a task a second.
 
-`--only WORDS` runs the cases whose names contain them, and `--part K/N` the K-th of N parts of each, so that
-the whole can be run piece by piece.
+`--only WORDS` runs the cases whose names contain them, and `--part K/N` the K-th of N parts of each. With
+`--keep FOLDER` every part is kept there as it ends, is not run a second time, and rows are those of all parts
+kept so far; `--part 0/N` runs none. So the whole is run piece by piece, and an interruption loses one piece.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import random
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial, reduce
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from rollout_live import Case, Ended, migrate_all
+import msgspec
+from rollout_live import Case, migrate_all
 
 from understudy.config import Rollout
 from understudy.rollout.course import Step, decide
@@ -80,19 +84,79 @@ def migrate(incumbent: float, candidate: float, seed: int) -> End:
     return End("waiting", MOST_TASKS, dealt)
 
 
-def live(case: Case, folder: Path) -> Ended:
-    return migrate_all(case, folder, lambda said: progress(f"{case.name}: {said}"))
+class Kept(NamedTuple):
+    """What came of some migrations of one case."""
+
+    stages: dict[str, int]
+    tasks: list[int]
+    candidates: list[int]
+    requests: int = 0
+    failed: int = 0
+    lost: int = 0
+    doubled: int = 0
+    mixed: int = 0
+    cpu_s: float = 0.0
+
+    def and_also(self, other: Kept) -> Kept:
+        stages = dict(Counter(self.stages) + Counter(other.stages))
+        return Kept(stages, *(a + b for a, b in zip(self[1:], other[1:], strict=True)))
+
+
+NOTHING = Kept({}, [], [])
+
+
+class Pieces:
+    """Which part of each case is run, and what is kept of all of them."""
+
+    def __init__(self, part: int, parts: int, folder: Path | None) -> None:
+        self.part, self.parts, self.folder = part, parts, folder
+
+    def whole(self, name: str, migrations: int, run: Callable[[int, int], Kept]) -> Kept:
+        """``run`` is told the first migration and how many."""
+        size = migrations // self.parts
+        if self.folder is None:
+            return run((self.part - 1) * size, size)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = self.folder / f"{name.replace(' ', '-')}.{self.part}-of-{self.parts}.json"
+        if self.part and not kept.exists():
+            kept.write_bytes(msgspec.json.encode(run((self.part - 1) * size, size)))
+        found = self.folder.glob(f"{name.replace(' ', '-')}.*.json")
+        parts = (msgspec.json.decode(path.read_bytes(), type=Kept) for path in sorted(found))
+        return reduce(Kept.and_also, parts, NOTHING)
+
+
+def live(case: Case, first: int, size: int) -> Kept:
+    with tempfile.TemporaryDirectory() as folder:
+        case = case._replace(migrations=size, first=first)
+        ended = migrate_all(case, Path(folder) / "case", lambda said: progress(f"{case.name}: {said}"))
+    counted = (ended.requests, ended.failed, ended.lost, ended.doubled, ended.mixed, ended.cpu_s)
+    return Kept(dict(ended.stages), ended.tasks, ended.candidates, *counted)
+
+
+def simulated(name: str, incumbent: float, candidate: float, first: int, size: int) -> Kept:
+    ends: list[End] = []
+    for seed in range(first, first + size):
+        ends.append(migrate(incumbent, candidate, seed))
+        progress(f"{name}: {len(ends)} of {size}")
+    return Kept(dict(Counter(e.stage for e in ends)), [e.tasks for e in ends], [e.candidates for e in ends])
 
 
 def progress(said: str) -> None:
     print(f"\r{said}\033[K", end="", file=sys.stderr, flush=True)
 
 
-def row(name: str, stages: Counter[str], tasks: list[int], candidates: list[int], *more: str) -> None:
-    runs = stages.total()
-    shares = [stages[stage] / runs for stage in ("promoted", "rolled_back")]
+def row(name: str, kept: Kept, *more: str) -> None:
+    if not kept.tasks:
+        return
+    runs = len(kept.tasks)
+    shares = [kept.stages.get(stage, 0) / runs for stage in ("promoted", "rolled_back")]
     cells = (name, f"{runs:,}", *(f"{share:.1%}" for share in shares), f"{1 - sum(shares):.1%}")
-    print("|", " | ".join((*cells, f"{median(tasks):,.0f}", f"{median(candidates):,.0f}", *more)), "|")
+    print(
+        "|",
+        " | ".join((*cells, f"{median(kept.tasks):,.0f}", f"{median(kept.candidates):,.0f}", *more)),
+        "|",
+        flush=True,
+    )
 
 
 def head(*more: str) -> None:
@@ -100,59 +164,44 @@ def head(*more: str) -> None:
     print("|" + "---|" * (len(HEAD) + len(more)))
 
 
-def through_the_gateway(only: str, part: int, parts: int) -> None:
+def through_the_gateway(only: str, pieces: Pieces) -> None:
     head("at most", "requests", "failed for a client", "records lost", "doubled", "tasks that mixed models")
-    used: list[Ended] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for number, case in enumerate(case for case in LIVE if only in f"live {case.name}"):
-            size = case.migrations // parts
-            ended = live(case._replace(migrations=size, first=part * size), Path(folder) / str(number))
-            counted = (
-                max(ended.candidates),
-                ended.requests,
-                ended.failed,
-                ended.lost,
-                ended.doubled,
-                ended.mixed,
-            )
-            name = f"{case.name} ({case.old:.0%} → {max(case.new, 0):.0%})"
-            row(name, ended.stages, ended.tasks, ended.candidates, *(f"{n:,}" for n in counted))
-            sys.stdout.flush()
-            used.append(ended)
-    cpu, wall = sum(e.cpu_s for e in used), sum(e.wall_s for e in used)
-    print(
-        f"\n{cpu / 60:.1f} minutes of CPU in {wall / 60:.0f} minutes on a machine shared with other work.",
-        end=" ",
-    )
+    cpu_s = 0.0
+    for case in LIVE:
+        if only not in (name := f"live {case.name}"):
+            continue
+        kept = pieces.whole(name, case.migrations, partial(live, case))
+        counted = (
+            max(kept.candidates, default=0),
+            *(kept.requests, kept.failed, kept.lost, kept.doubled, kept.mixed),
+        )
+        shown = f"{case.name} ({case.old:.0%} → {503 if case.new < 0 else f'{case.new:.0%}'})"
+        row(shown, kept, *(f"{n:,}" for n in counted))
+        cpu_s += kept.cpu_s
+    print(f"\n{cpu_s / 60:.1f} minutes of CPU for gateway, indexer, models, clients and controller.", end=" ")
     print("Where a candidate is out of order another model must answer the tasks that it began.\n")
 
 
-def by_simulation(only: str, part: int, parts: int) -> None:
+def by_simulation(only: str, pieces: Pieces) -> None:
     head()
     for name, runs, incumbent, candidate in SIMULATED:
-        if only not in f"simulated {name}":
-            continue
-        ends: list[End] = []
-        size = runs // parts
-        for seed in range(part * size, (part + 1) * size):
-            ends.append(migrate(incumbent, candidate, seed))
-            progress(f"{name}: {len(ends)} of {size}")
-        stages = Counter(end.stage for end in ends)
-        shown = f"{name} ({incumbent:.0%} → {candidate:.0%})"
-        row(shown, stages, [e.tasks for e in ends], [e.candidates for e in ends])
-        sys.stdout.flush()
+        if only in (full := f"simulated {name}"):
+            kept = pieces.whole(full, runs, partial(simulated, name, incumbent, candidate))
+            row(f"{name} ({incumbent:.0%} → {candidate:.0%})", kept)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trials through a gateway and by simulation.")
     parser.add_argument("--only", default="", help="words of a case's name, after `live` or `simulated`")
     parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the migrations")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep each part here, and show all kept")
     given = parser.parse_args()
     only, (part, parts) = given.only, (int(number) for number in given.part.split("/"))
+    pieces = Pieces(part, parts, given.keep)
     print("Through a real gateway and store (“at most”: tasks of the candidate until the end):\n")
-    through_the_gateway(only, part - 1, parts)
+    through_the_gateway(only, pieces)
     print("By simulation, on the default course:\n")
-    by_simulation(only, part - 1, parts)
+    by_simulation(only, pieces)
     print()
     print(
         "Required: an equal one promoted ≥ 90% and rolled back ≤ 5%; one worse by the margin promoted ≤ 5%;"

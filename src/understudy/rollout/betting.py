@@ -6,10 +6,15 @@ since the last, whatever the shares are. When it closes depends on the dealing a
 two means has the difference of the models as its expectation, and products of bets on it are e-processes:
 they may be looked at after every task (Ville's inequality), and 1/α of wealth is evidence at level α.
 
-It ignores where tasks come from (units) and what follows from a verdict (controller).
+What is staked against a candidate is staked on blocks of tasks: the likelihood of what both sides got under
+"worse by so much" over that under one mean for both, which needs fewer tasks than a bet on the difference.
 
-Sources: Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", JRSS-B 2024, §4;
-Ramdas et al., "Game-theoretic statistics and safe anytime-valid inference", Statistical Science 2023.
+It ignores where tasks come from (evidence) and what follows from a verdict (controller).
+
+Sources: Turner, Ly & Grünwald, "Generic E-variables for exact sequential k-sample tests that allow for
+optional stopping", JSPI 2024, §2 (blocks); Waudby-Smith & Ramdas, "Estimating means of bounded random
+variables by betting", JRSS-B 2024, §4; Ramdas et al., "Game-theoretic statistics and safe anytime-valid
+inference", Statistical Science 2023.
 """
 
 from __future__ import annotations
@@ -20,12 +25,19 @@ LARGEST_LOSS = 0.75
 """Share of a bet's stake that the worst round may cost."""
 EFFECTS = (1.0, 2.0, 4.0)
 """Differences bet on, in margins."""
-WORSE_WEIGHTS = (0.2, 0.6, 0.2)
+WORSE_WEIGHTS = (0.08, 0.8, 0.12)
 """What is first staked on each against the candidate: two margins is what has to be seen soonest."""
 FINE_WEIGHTS = (0.7, 0.2, 0.1)
 """The same for it: a candidate as good as the incumbent lies one margin above what is tested."""
 VARIANCE_GUESS, VARIANCE_WEIGHT = 0.25, 20.0
 """Of a round's difference before data, and how many rounds the guess is worth."""
+LARGE_BLOCK, SMALL_BLOCK = 40, 4
+"""Tasks of the incumbent, or of the candidate, that are enough for a block: the more of the incumbent's stand
+beside one of the candidate's the less is lost, and nothing is seen before a block closes."""
+MEAN_GUESS, MEAN_WEIGHT = 0.5, 4.0
+"""Of the incumbent's outcomes before data, and how many tasks the guess is worth."""
+LEAST_SPREAD = 0.25
+"""Part of the variance of right and wrong answers with the same mean that graded ones have at the least."""
 STAKES = (0.05, 0.2, 0.6)
 """Shares of its wealth that a guard loses when nothing bad happens."""
 
@@ -65,11 +77,77 @@ class Rounds:
         return Round(sum(own) / len(own), sum(incumbent) / len(incumbent))
 
 
+class Block(NamedTuple):
+    """Both sides since the last block, each value in [0, 1]."""
+
+    candidate: list[float]
+    incumbent: list[float]
+
+
+class Blocks:
+    """Closes a block when both sides have been seen and one of them often enough."""
+
+    def __init__(self) -> None:
+        self._open = Block([], [])
+
+    def add(self, value: float, *, candidate: bool) -> Block | None:
+        """One observation in [0, 1]; the block it closed, if it closed one."""
+        (self._open.candidate if candidate else self._open.incumbent).append(value)
+        own, beside = (len(side) for side in self._open)
+        if not (own and beside) or (own < SMALL_BLOCK and beside < LARGE_BLOCK):
+            return None
+        closed, self._open = self._open, Block([], [])
+        return closed
+
+
+class Outcomes:
+    """What the incumbent's outcomes have been like: where a bet on the next block is best placed."""
+
+    def __init__(self) -> None:
+        self._tasks = MEAN_WEIGHT
+        self._sum = self._squares = MEAN_WEIGHT * MEAN_GUESS
+
+    def add(self, values: list[float]) -> None:
+        self._tasks += len(values)
+        self._sum += sum(values)
+        self._squares += sum(value * value for value in values)
+
+    @property
+    def mean(self) -> float:
+        return min(max(self._sum / self._tasks, 0.02), 0.98)
+
+    @property
+    def spread(self) -> float:
+        """Their variance over that of right and wrong answers with the same mean: 1 for these."""
+        mean = self._sum / self._tasks
+        return max((self._squares / self._tasks - mean * mean) / (mean * (1.0 - mean)), LEAST_SPREAD)
+
+
+def likelihood_ratio(block: Block, candidate: float, incumbent: float) -> float:
+    """How much likelier a block is under two means than under one for both, their mean over its tasks.
+
+    Its expectation is at most 1 where the candidate's true mean is not below the incumbent's, whatever they
+    are, if ``candidate`` ≤ ``incumbent``: the logarithm of the expectation is concave in one common mean, is
+    largest at the mean of the two, and is 0 there; a better candidate only lowers it. Each factor is linear
+    in its value, so this holds for any values in [0, 1], not for 0 and 1 alone.
+    """
+    own, beside = (len(side) for side in block)
+    common = (own * candidate + beside * incumbent) / (own + beside)
+    ratio = 1.0
+    for values, mean in ((block.candidate, candidate), (block.incumbent, incumbent)):
+        right, wrong = mean / common, (1.0 - mean) / (1.0 - common)
+        for value in values:
+            ratio *= wrong + value * (right - wrong)
+    return ratio
+
+
 class Difference:
     """Two e-processes on candidate − incumbent: against "as good" and against "worse by the margin"."""
 
     def __init__(self, margin: float) -> None:
         self.margin = margin
+        self._outcomes = Outcomes()
+        self._blocks, self._closing = Blocks(), Rounds()
         self.rounds = 0
         self.path: list[Wealth] = []
         """How the evidence went, thinned to at most `PATH` points."""
@@ -93,15 +171,43 @@ class Difference:
         """Evidence against "worse by the margin or more"."""
         return sum(self._fine)
 
-    def add(self, closed: Round) -> None:
-        """Settle the bets placed before this round; the next ones know its variance."""
-        z = closed.candidate - closed.incumbent
-        variance = self._squares / (self.rounds + VARIANCE_WEIGHT)
+    def add(self, value: float, *, candidate: bool) -> None:
+        """The outcome of one task, in [0, 1]."""
+        if block := self._blocks.add(value, candidate=candidate):
+            self._stake_on(block)
+        if closed := self._closing.add(value, candidate=candidate):
+            self._settle(closed)
+
+    def add_pair(self, pair: Round) -> None:
+        """Both models on the same request. Their outcomes depend on each other, so no likelihood is taken."""
+        variance = self._variance
         for i, effect in enumerate(EFFECTS):
             wanted = effect * self.margin
-            bet = wanted / (variance + wanted * wanted)
-            self._worse[i] *= 1.0 - min(bet, LARGEST_LOSS) * z
-            most = LARGEST_LOSS / (1.0 - self.margin)
+            bet = min(wanted / (variance + wanted * wanted), LARGEST_LOSS)
+            self._worse[i] *= 1.0 - bet * (pair.candidate - pair.incumbent)
+        self._settle(pair)
+
+    @property
+    def _variance(self) -> float:
+        """Of a round's difference, as far as it is known."""
+        return self._squares / (self.rounds + VARIANCE_WEIGHT)
+
+    def _stake_on(self, block: Block) -> None:
+        """Settle the bets placed before this block; the next ones know how the incumbent did in it."""
+        mean, spread = self._outcomes.mean, self._outcomes.spread
+        for i, effect in enumerate(EFFECTS):
+            # graded answers vary less than right and wrong ones, so more can be staked on them
+            worse = max(mean - effect * self.margin / spread, 0.01)
+            self._worse[i] *= likelihood_ratio(block, worse, mean)
+        self._outcomes.add(block.incumbent)
+
+    def _settle(self, closed: Round) -> None:
+        """Settle the bets for the candidate placed before this round; the next ones know its variance."""
+        z = closed.candidate - closed.incumbent
+        most = LARGEST_LOSS / (1.0 - self.margin)
+        for i, effect in enumerate(EFFECTS):
+            wanted = effect * self.margin
+            bet = wanted / (self._variance + wanted * wanted)
             self._fine[i] *= 1.0 + min(bet, most) * (z + self.margin)
         self.rounds += 1
         self._sum += z

@@ -132,7 +132,6 @@ class Standing:
         """There are no more recorded calls to answer."""
         self.alone_since = alone_since
         self._settled: list[float] = []
-        self._outcomes = Rounds()
         self._first = Ceiling(settings.slow_factor)
         self._total = Ceiling(settings.slow_factor)
         self._cost = Ceiling(settings.costly_factor)
@@ -159,7 +158,7 @@ class Standing:
                 self.guards["invalid answers"].add_pair(float(pair.invalid), float(pair.was_invalid))
             if pair.outcome is not None and pair.was_outcome is not None:
                 outcomes = self.replayed if pair.replayed else self.difference
-                outcomes.add(Round(pair.outcome, pair.was_outcome))
+                outcomes.add_pair(Round(pair.outcome, pair.was_outcome))
 
     def settled_since(self, moment: float) -> int:
         """Tasks of the candidate that settled after ``moment`` (Unix seconds)."""
@@ -186,5 +185,4 @@ class Standing:
         if outcome is None:
             return
         self.scored += candidate
-        if closed := self._outcomes.add(outcome, candidate=candidate):
-            self.difference.add(closed)
+        self.difference.add(outcome, candidate=candidate)
