@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import random
+from itertools import product
 from statistics import median
 
 import pytest
 
-from understudy.rollout.betting import EFFECTS, Difference, Excess, Round, Rounds
+from understudy.rollout.betting import (
+    EFFECTS,
+    Block,
+    Blocks,
+    Difference,
+    Excess,
+    Round,
+    Rounds,
+    likelihood_ratio,
+)
 
 RUNS = 200
 
@@ -22,12 +33,11 @@ def outcomes(
 
 def highest(candidate: float, incumbent: float, seed: int, tasks: int = 1500) -> tuple[float, float]:
     """The most evidence there ever was: for worse, for no worse."""
-    rounds, bets = Rounds(), Difference(0.1)
+    bets = Difference(0.1)
     worse = fine = 0.0
     for arm, value in outcomes(candidate, incumbent, 0.5, tasks, seed):
-        if closed := rounds.add(value, candidate=arm):
-            bets.add(closed)
-            worse, fine = max(worse, bets.e_worse), max(fine, bets.e_fine)
+        bets.add(value, candidate=arm)
+        worse, fine = max(worse, bets.e_worse), max(fine, bets.e_fine)
     return worse, fine
 
 
@@ -41,10 +51,10 @@ def test_a_round_closes_when_both_sides_were_seen() -> None:
 
 def test_wealth_after_one_round_is_as_computed_by_hand() -> None:
     bets = Difference(0.1)
-    bets.add(Round(candidate=0.0, incumbent=1.0))
+    bets.add_pair(Round(candidate=0.0, incumbent=1.0))
     stakes = [min(e * 0.1 / (0.25 + (e * 0.1) ** 2), 0.75) for e in EFFECTS]
     assert bets.e_worse == pytest.approx(
-        sum(w * (1 + s) for w, s in zip((0.2, 0.6, 0.2), stakes, strict=True))
+        sum(w * (1 + s) for w, s in zip((0.08, 0.8, 0.12), stakes, strict=True))
     )
     tops = [min(e * 0.1 / (0.25 + (e * 0.1) ** 2), 0.75 / 0.9) for e in EFFECTS]
     assert bets.e_fine == pytest.approx(
@@ -69,16 +79,64 @@ def test_an_equal_candidate_is_called_fine_and_never_worse() -> None:
     assert sum(worse >= 1000 for worse, _ in peaks) <= 2
 
 
-def test_ten_points_worse_is_seen_within_300_canary_tasks() -> None:
-    needed: list[int] = []
-    for seed in range(60):
-        rounds, bets, tasks = Rounds(), Difference(0.05), 0
-        for arm, value in outcomes(0.8, 0.9, 0.05, 40_000, seed):
-            tasks += arm
-            if (closed := rounds.add(value, candidate=arm)) and not bets.add(closed) and bets.e_worse >= 1000:
-                break
-        needed.append(tasks)
-    assert median(needed) <= 300
+def needed(candidate: float, incumbent: float, seed: int) -> int:
+    """Tasks of the candidate, at a share of 5%, until it is called worse."""
+    bets, tasks = Difference(0.05), 0
+    for arm, value in outcomes(candidate, incumbent, 0.05, 30_000, seed):
+        tasks += arm
+        bets.add(value, candidate=arm)
+        if bets.e_worse >= 1000:
+            break
+    return tasks
+
+
+@pytest.mark.parametrize(("incumbent", "most"), [(0.9, 180), (0.8, 280)])
+def test_ten_points_worse_is_seen_within_300_canary_tasks(incumbent: float, most: int) -> None:
+    # bets on the difference of rounds need 193 and 277
+    assert median(needed(incumbent - 0.1, incumbent, seed) for seed in range(40)) <= most
+
+
+@pytest.mark.parametrize("mean", [0.1, 0.5, 0.83])
+@pytest.mark.parametrize(("own", "beside"), [(1, 1), (2, 3), (1, 5)])
+def test_a_likelihood_ratio_is_at_most_1_on_average_where_both_are_equal(
+    mean: float, own: int, beside: int
+) -> None:
+    for candidate, incumbent in ((0.6, 0.7), (0.01, 0.9), (mean, min(mean + 0.1, 0.98))):
+        expected = 0.0
+        for drawn in product((0.0, 1.0), repeat=own + beside):
+            chance = math.prod(mean if value else 1 - mean for value in drawn)
+            block = Block(list(drawn[:own]), list(drawn[own:]))
+            expected += chance * likelihood_ratio(block, candidate, incumbent)
+        assert expected <= 1 + 1e-12
+
+
+def test_a_likelihood_ratio_is_as_computed_by_hand() -> None:
+    # one right answer of the incumbent's and a wrong one of the candidate's: common mean 0.65
+    block = Block([0.0], [1.0])
+    assert likelihood_ratio(block, 0.6, 0.7) == pytest.approx(0.4 / 0.35 * 0.7 / 0.65)
+    # half right is halfway between
+    assert likelihood_ratio(Block([0.5], [1.0]), 0.6, 0.7) == pytest.approx(
+        (0.4 / 0.35 + 0.6 / 0.65) / 2 * 0.7 / 0.65
+    )
+
+
+def test_a_block_closes_by_the_dealing_alone() -> None:
+    blocks = Blocks()
+    assert not any(blocks.add(1.0, candidate=False) for _ in range(60))
+    closed = blocks.add(0.0, candidate=True)
+    assert closed is not None
+    assert (len(closed.candidate), len(closed.incumbent)) == (1, 60)
+    assert not any(blocks.add(1.0, candidate=True) for _ in range(4))  # nobody beside it yet
+    assert blocks.add(1.0, candidate=False) is not None
+
+
+def test_graded_outcomes_that_vary_little_are_seen_sooner() -> None:
+    rng, tasks, bets = random.Random(3), 0, Difference(0.05)
+    while bets.e_worse < 1000:
+        arm = rng.random() < 0.05
+        tasks += arm
+        bets.add(rng.uniform(0.5, 0.9) - 0.1 * arm, candidate=arm)
+    assert tasks < 120
 
 
 @pytest.mark.parametrize(("rate", "alarms"), [(0.02, False), (0.3, True)])
