@@ -8,6 +8,7 @@ holds open. It ignores what the child does afterwards; its output goes to a log 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -22,6 +23,14 @@ from typing import IO, Any, cast
 from understudy.errors import UserError
 
 STOP_GRACE_S = 15.0
+LOOK_S = 0.5
+"""How often it is looked whether a child that is kept running still runs."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+"""Before it is started again."""
+STEADY_S = 60.0
+"""One that has run for so long is not taken to end at once again."""
+
+_log = logging.getLogger("understudy.child")
 
 
 @contextmanager
@@ -33,23 +42,83 @@ def running(
 
     Raises UserError with the end of its log if it ends or stays silent for ``wait_s`` seconds.
     """
+    process = _begin(arguments, log)
+    try:
+        yield _handshake(name, process, log, time.monotonic() + wait_s)
+    finally:
+        _stop(process)
+
+
+@contextmanager
+def kept_running(
+    name: str, arguments: Sequence[str], log: Path, *, wait_s: float = 120.0
+) -> Generator[None, None, None]:
+    """The same for a child that nobody waits for again: it is started anew whenever it ends.
+
+    One that ends soon is given ever longer pauses (`pause_after`). The first start raises as `running` does.
+    """
+    kept = _Kept(name, arguments, log)
+    try:
+        _handshake(name, kept.process, log, time.monotonic() + wait_s)
+        kept.watch()
+        yield
+    finally:
+        kept.stop()
+
+
+def pause_after(lived_s: float, pause_s: float) -> float:
+    """Seconds to wait before a child is started again that ended after so long, the last pause being
+    ``pause_s`` (0: none yet)."""
+    return FIRST_PAUSE_S if lived_s >= STEADY_S or not pause_s else min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+class _Kept:
+    """A child and the thread that starts it again."""
+
+    def __init__(self, name: str, arguments: Sequence[str], log: Path) -> None:
+        self._name, self._arguments, self._log = name, arguments, log
+        self._stopping = threading.Event()
+        self._watching = threading.Thread(target=self._keep, name=f"{name}-watch", daemon=True)
+        self.process = _begin(arguments, log)
+
+    def watch(self) -> None:
+        self._watching.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        if self._watching.is_alive():
+            self._watching.join()
+        _stop(self.process)
+
+    def _keep(self) -> None:
+        pause, begun = 0.0, time.monotonic()
+        while not self._stopping.wait(LOOK_S):
+            code = self.process.poll()
+            if code is None:
+                continue
+            pause = pause_after(time.monotonic() - begun, pause)
+            _log.warning(
+                "`understudy %s` ended with code %s; starting it again in %g s; see %s",
+                *(self._name, code, pause, self._log),
+            )
+            if self._stopping.wait(pause):
+                return
+            _stop(self.process)  # closes its pipes
+            self.process, begun = _begin(self._arguments, self._log), time.monotonic()
+
+
+def _begin(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "understudy.cli.child", *arguments, "--json"]
     with log.open("ab") as sink:
         # a process group of its own: Ctrl-C is ours to pass on, once, when the block is left
-        process = subprocess.Popen(  # noqa: S603 - our own program
+        return subprocess.Popen(  # noqa: S603 - our own program
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sink, start_new_session=True
         )
-        try:
-            assert process.stdout is not None
-            yield _handshake(name, process, cast(IO[bytes], process.stdout), log, time.monotonic() + wait_s)
-        finally:
-            _stop(process)
 
 
-def _handshake(
-    name: str, process: subprocess.Popen[bytes], output: IO[bytes], log: Path, deadline: float
-) -> dict[str, Any]:
+def _handshake(name: str, process: subprocess.Popen[bytes], log: Path, deadline: float) -> dict[str, Any]:
+    output = cast(IO[bytes], process.stdout)
     os.set_blocking(output.fileno(), False)
     seen = b""
     while time.monotonic() < deadline:

@@ -46,6 +46,7 @@ from faulty_upstream import (
     until,
 )
 
+from understudy.child import pause_after
 from understudy.config import Gateway
 from understudy.errors import AddressError, InputError
 from understudy.gateway import following, indexing, processes
@@ -575,6 +576,66 @@ async def test_up_records_and_indexes_until_it_is_told_to_stop(
     assert len(keys) == 40
     assert {call.key for call in calls(tmp_path)} == keys
     assert stored(tmp_path) == keys
+
+
+async def test_every_process_follows_a_route_within_a_second(
+    tmp_path: Path, upstream: FaultyUpstream, store: Store
+) -> None:
+    write_config(tmp_path, upstream, "processes = 2")
+    command = Command(tmp_path)
+    port = await command.ready()
+
+    async def answered_by() -> set[tuple[str, str]]:
+        """Process and model of forty calls, each on a connection of its own."""
+        got = await asyncio.gather(*(ask(port) for _ in range(40)))
+        return {(g.headers["x-understudy-call"], g.headers["x-understudy-model"]) for g in got}
+
+    assert len(await pids(port)) == 2
+    assert {model for _, model in await answered_by()} == {"local/m"}
+    for version in range(3):
+        model = f"local/student-{version}"
+        assert store.set_route("assistant", model, expected_version=version, by="test", reason="test")
+        await asyncio.sleep(1.0)
+        assert {model for _, model in await answered_by()} == {model}
+    assert await command.end(signal.SIGTERM) == 0
+
+
+def controllers(parent: int) -> set[int]:
+    """Processes that `up` started to take trials through their course."""
+    found: set[int] = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            above = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if above == parent and b"rollout\0run" in (folder / "cmdline").read_bytes():
+                found.add(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found in /proc")
+async def test_a_dead_controller_is_started_again(tmp_path: Path, upstream: FaultyUpstream) -> None:
+    write_config(tmp_path, upstream, "")
+    with (tmp_path / "understudy.toml").open("a") as file:
+        file.write("[rollout]\n")
+    command = Command(tmp_path)
+    port = await command.ready()
+    [first] = controllers(command.process.pid)
+    os.kill(first, signal.SIGKILL)
+    async with asyncio.timeout(10):
+        while not (now := controllers(command.process.pid) - {first}):
+            assert (await ask(port)).status == 200
+            await asyncio.sleep(0.05)
+    assert await command.end(signal.SIGTERM) == 0
+    assert not controllers(1) & now
+    for pid in now:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_what_ends_at_once_is_started_ever_more_rarely() -> None:
+    pauses = [pause := 0.0]
+    for lived in (0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 3600.0):
+        pauses.append(pause := pause_after(lived, pause))
+    assert pauses[1:] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 1.0]
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -3,6 +3,8 @@ by scripted models, indexed, and judged by the controller."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -258,6 +260,59 @@ async def test_a_controller_that_starts_again_knows_the_same(store: Store, confi
     assert after.standing.difference.e_worse == pytest.approx(before.standing.difference.e_worse)
     errors = [r.standing.guards["errors"].excess.e_value for r in (before, after)]
     assert errors[0] == pytest.approx(errors[1])
+
+
+def _die_at_write(tmp_path: Path, config: Config, now: float, nth: int) -> bool:
+    """One step of a controller in a process that is gone at its ``nth`` write; whether it came to that."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    try:
+        store, left = open_store("sqlite:///understudy.db", tmp_path), [nth]
+        connection = store._database._connection  # type: ignore[attr-defined] # where SQLite's words pass
+
+        def count(sql: str) -> None:
+            if sql.startswith(("BEGIN", "COMMIT", "INSERT", "DELETE", "UPDATE")):
+                left[0] -= 1
+                if not left[0]:
+                    os._exit(9)
+
+        connection.set_trace_callback(count)
+        world = World(store, config)
+        world.now = now
+        asyncio.run(world.controller.step())
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_a_controller_killed_at_any_write_leaves_a_consistent_stage(tmp_path: Path, config: Config) -> None:
+    config = settings(config, shadow_tasks=4, shares=[0.3, 0.45], tasks=[5, 5], margin=0.6)
+    now, deaths, stages = time.time(), 0, ["shadow"]
+    with open_store("sqlite:///understudy.db", tmp_path) as store:
+        started(store, config)
+    while stages[-1] != "promoted":
+        with open_store("sqlite:///understudy.db", tmp_path) as store:
+            world = World(store, config)
+            world.rng, world.now = random.Random(now), now
+            for number in range(40):
+                world._task(f"t{now:.0f}-{number}")
+                world.now += 1.0
+            now = world.now + 6.0
+        nth = 1
+        while _die_at_write(tmp_path, config, now, nth):
+            nth, deaths = nth + 1, deaths + 1
+            with open_store("sqlite:///understudy.db", tmp_path) as store:
+                history, route = store.route_history("chat"), store.route("chat")
+                assert route == history[-1]
+                assert [r.version for r in history] == list(range(1, len(history) + 1))
+                copied = [c.call.tags["shadow_of"] for c in store.calls(alias=shadow_alias("chat"))]
+                assert len(copied) == len(set(copied))
+        with open_store("sqlite:///understudy.db", tmp_path) as store:
+            stages = [r.stage for r in store.route_history("chat")][1:]
+        assert len(stages) < 12
+    assert stages == ["shadow", "canary", "canary", "promoted"]
+    assert deaths > 20
 
 
 async def test_of_two_controllers_one_takes_the_step(store: Store, config: Config) -> None:

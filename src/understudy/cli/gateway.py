@@ -61,14 +61,16 @@ def _dashboard(config: configuration.Config, config_path: Path) -> Generator[str
 
 @contextmanager
 def _controller(config: configuration.Config, config_path: Path) -> Generator[None]:
-    """Whoever takes trials through their course beside the block, where the config has a [rollout]."""
+    """Whoever takes trials through their course beside the block, where the config has a [rollout]; one that
+    ends is started again."""
     if config.rollout is None:
         yield
         return
-    from understudy.child import running
+    from understudy.child import kept_running
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    with running("rollout", ["rollout", "run", "--config", str(config_path)], config.path("rollout.log")):
+    arguments = ["rollout", "run", "--config", str(config_path)]
+    with kept_running("rollout run", arguments, config.path("rollout.log")):
         yield
 
 

@@ -39,6 +39,8 @@ def rollout() -> None:
 BEHIND = 10
 """How much less than a gateway beside it whoever watches over trials insists on the processor: copies and
 evidence can wait, clients cannot."""
+SILENT_S = 90.0
+"""Whoever takes a trial through its course looks at it more often than that (controller.SHOWN_S)."""
 REASON = click.option("--reason", default="by hand", show_default=True, help="Kept in the history.")
 
 
@@ -56,12 +58,26 @@ def status(alias: str | None, config_path: Path, as_json: bool) -> None:
     with _store(config) as store:
         routes = [r for r in in_force(config, store) if alias in (None, r.alias)]
         looks = {r.alias: _look(config, store, r) for r in routes if r.candidate}
+        watched = {alias: at for alias, (at, _) in store.looks().items() if alias in looks}
     if as_json:
-        print_json([r._asdict() | {"trial": _plain(looks.get(r.alias))} for r in routes])
+        shown = [
+            (r, {"trial": _plain(looks.get(r.alias)), "looked_at": watched.get(r.alias)}) for r in routes
+        ]
+        print_json([r._asdict() | more for r, more in shown])
         return
     _show(routes, False)
     for name, look in looks.items():
         _show_look(name, look)
+        if look.stage != "held":
+            click.echo(f"  {_watched(watched.get(name), time.time())}")
+
+
+def _watched(at: float | None, now: float) -> str:
+    """Whether somebody takes a trial through its course, by when it was last looked at (Unix seconds)."""
+    if at is not None and now - at <= SILENT_S:
+        return f"looked at {max(0.0, now - at):.0f} s ago by whoever takes it through its course"
+    since = "" if at is None else f" for {(now - at) / 60:,.0f} minutes"
+    return f"nobody takes it through its course{since}: see rollout.log, or understudy rollout run"
 
 
 @rollout.command()
