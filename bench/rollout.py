@@ -98,8 +98,17 @@ class Kept(NamedTuple):
     cpu_s: float = 0.0
 
     def and_also(self, other: Kept) -> Kept:
-        stages = dict(Counter(self.stages) + Counter(other.stages))
-        return Kept(stages, *(a + b for a, b in zip(self[1:], other[1:], strict=True)))
+        return Kept(
+            dict(Counter(self.stages) + Counter(other.stages)),
+            self.tasks + other.tasks,
+            self.candidates + other.candidates,
+            self.requests + other.requests,
+            self.failed + other.failed,
+            self.lost + other.lost,
+            self.doubled + other.doubled,
+            self.mixed + other.mixed,
+            self.cpu_s + other.cpu_s,
+        )
 
 
 NOTHING = Kept({}, [], [])

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -317,7 +317,7 @@ async def test_a_clock_that_jumps_during_a_call_costs_nothing(
 
 
 @contextmanager
-def disk_full_at(size: int) -> Iterator[None]:
+def disk_full_at(size: int) -> Generator[None]:
     """No file of this process can grow beyond ``size`` bytes; the kernel answers as for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -375,7 +375,7 @@ async def test_the_indexer_takes_care_of_segments(
             await ask(gateway.port)
     old, young = segment_files(tmp_path / "segments")
     for path, age_s in ((old, 2 * 86_400), (young, 60)):
-        os.utime(path, (time.time() - age_s,) * 2)
+        os.utime(path, (time.time() - age_s, time.time() - age_s))
     monkeypatch.setattr(indexing, "CARE_S", 0.05)
     stop = threading.Event()
     looping = asyncio.create_task(asyncio.to_thread(indexing.index, config, stop))

@@ -7,7 +7,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class World:
 
     def means(self, candidate: str) -> Means:
         @asynccontextmanager
-        async def connect() -> Any:
+        async def connect() -> AsyncGenerator[ScriptedModel]:
             yield self.copies
 
         return Means(connect, unpriced, None)
@@ -84,7 +84,7 @@ class World:
         """So many tasks, looked at every ten; ends early when the route reaches the stage ``until``."""
         reports: list[Report] = []
         for number in range(tasks):
-            self._task(f"t{self.now:.0f}-{number}")
+            self.add_task(f"t{self.now:.0f}-{number}")
             self.now += 1.0
             if number % 10 == 9:
                 reports = await self.controller.step() or reports
@@ -95,13 +95,13 @@ class World:
 
     def deal(self, task: str) -> str:
         """One more call of a task; returns whom it was dealt to."""
-        self._task(task)
+        self.add_task(task)
         return [c.call.attempts[0].target for c in self.store.calls(alias="chat", task_id=task)][-1]
 
     def first_of(self, task: str) -> str:
         return next(c.call.attempts[0].target for c in self.store.calls(alias="chat", task_id=task))
 
-    def _task(self, task: str) -> None:
+    def add_task(self, task: str) -> None:
         self.table = build_table(
             self.config, self.upstreams, self.store.routes(), self.store.staying(), self.table
         )
@@ -296,7 +296,7 @@ def test_a_controller_killed_at_any_write_leaves_a_consistent_stage(tmp_path: Pa
             world = World(store, config)
             world.rng, world.now = random.Random(now), now
             for number in range(40):
-                world._task(f"t{now:.0f}-{number}")
+                world.add_task(f"t{now:.0f}-{number}")
                 world.now += 1.0
             now = world.now + 6.0
         nth = 1
@@ -338,11 +338,37 @@ async def test_the_shadow_pays_for_no_copy_twice_and_leads_to_the_canary(
     assert world.copies.calls == len(copies)
 
 
+async def test_a_slow_candidate_in_the_shadow_holds_up_no_other_step(store: Store, config: Config) -> None:
+    world = started(store, settings(config, shadow_tasks=12))
+    answer, go = world.copies.chat, asyncio.Event()
+
+    async def late(request: Any) -> Any:
+        await go.wait()
+        return await answer(request)
+
+    world.copies.chat = late  # type: ignore[method-assign] # a candidate that takes its time
+    for number in range(20):
+        world.add_task(f"t{number}")
+        world.now += 1.0
+    async with asyncio.timeout(5):
+        [report] = await world.controller.step(0.05)
+        assert report.missing
+        await world.controller.step(0.05)  # none is asked for twice meanwhile
+    assert not list(store.calls(alias=shadow_alias("chat")))
+    go.set()
+    await world.controller.step()
+    copies = [c.call for c in store.calls(alias=shadow_alias("chat"))]
+    assert len(copies) == len({c.tags["shadow_of"] for c in copies}) > 0
+
+
 async def test_the_shadows_money_is_capped(store: Store, config: Config) -> None:
     world = started(store, settings(config, shadow_tasks=500, shadow_usd=0.01))
-    price = Cost(0.001, "2026-01-01", "test")
+
+    def price(call: Call) -> Cost:
+        return Cost(0.001, "2026-01-01", "test")
+
     plain = world.means
-    world.means = lambda candidate: plain(candidate)._replace(price=lambda call: price)
+    world.means = lambda candidate: plain(candidate)._replace(price=price)
     world.controller = world.anew()
     await world.pass_on(120, until="held")
     route = store.route("chat")

@@ -28,6 +28,8 @@ from understudy.traffic.store import Route, Store
 
 BY = "understudy"
 """Who made a change that no person made."""
+COPIED_AT_ONCE = 8
+"""Trials for which copies are made at the same time."""
 SHOWN_S = 30.0
 """How old a look in the store becomes, at most."""
 
@@ -53,7 +55,8 @@ class Trial:
         self._canary = next((r.changed_at for r in history if r.stage == "canary"), None)
         self._alone = next((r.changed_at for r in history if r.share >= 1.0), math.inf)
         self.shadow = Shadow(store, route.alias, route.candidate, began, settings)
-        self._store = store
+        self.copying: asyncio.Task[None] | None = None
+        """Copies that are being made."""
         self._settings = settings
         self._evidence: Evidence | None = None
         self.shown: Look | None = None
@@ -110,12 +113,15 @@ class Controller:
         self._settings = config.rollout or Rollout()
         self._means = means
         self._clock = clock
+        self._copiers = asyncio.Semaphore(COPIED_AT_ONCE)
         self._trials: dict[tuple[str, int], Trial] = {}
 
-    async def step(self) -> list[Report]:
+    async def step(self, patience_s: float | None = None) -> list[Report]:
         """Look at every trial under way once, and take the steps that are due.
 
-        A trial that cannot be looked at is logged and left as it is. Raises StoreError.
+        A slow candidate must not keep the others from being rolled back: copies that take longer than
+        ``patience_s`` are left to a later step (None: waited for). A trial for which nothing can be copied is
+        logged and left as it is. Raises StoreError.
         """
         routes = [r for r in self._store.routes().values() if r.candidate and r.stage in UNDER_WAY]
         self._trials = {
@@ -128,15 +134,36 @@ class Controller:
         fold_in(self._store, under_way, now)
         decisions = [decide(route, trial.standing, self._settings, now) for route, trial in under_way]
         self._keep_looks(under_way, now)
+        copied = await self._copies(under_way, decisions, now, patience_s)
         return [
-            await self._one(route, trial, decision, now)
+            self._one(route, trial, self._after_copies(route, trial, now) if trial in copied else decision)
             for (route, trial), decision in zip(under_way, decisions, strict=True)
         ]
 
-    async def _one(self, route: Route, trial: Trial, decision: Decision, now: float) -> Report:
-        if decision.step is None and route.stage in ("replay", "shadow"):
-            await self._copy(route, trial, now)
-            decision = self._after_copies(route, trial, now)
+    async def _copies(
+        self,
+        under_way: Sequence[tuple[Route, Trial]],
+        decisions: Sequence[Decision],
+        now: float,
+        patience_s: float | None,
+    ) -> list[Trial]:
+        """Make copies for the trials that wait for some, side by side; returns those for which it is done."""
+        wanting: list[Trial] = []
+        for (route, trial), decision in zip(under_way, decisions, strict=True):
+            if decision.step is None and route.stage in ("replay", "shadow"):
+                trial.copying = trial.copying or asyncio.create_task(self._copy(route, trial, now))
+                wanting.append(trial)
+        running = [trial.copying for trial in wanting if trial.copying]
+        if running:
+            await asyncio.wait(running, timeout=patience_s)
+        done = [trial for trial in wanting if trial.copying and trial.copying.done()]
+        for trial in done:
+            task, trial.copying = trial.copying, None
+            assert task is not None, "it is done"
+            task.result()  # raises what it raised
+        return done
+
+    def _one(self, route: Route, trial: Trial, decision: Decision) -> Report:
         if decision.step is None:
             return Report(route, trial.standing, decision.missing)
         return Report(self._take(route, decision.step), trial.standing, [])
@@ -155,7 +182,8 @@ class Controller:
     async def _copy(self, route: Route, trial: Trial, now: float) -> None:
         replay = route.stage == "replay"
         try:
-            made = await trial.shadow.copy(now, self._means(route.candidate), replay=replay)
+            async with self._copiers:
+                made = await trial.shadow.copy(now, self._means(route.candidate), replay=replay)
             trial.standing.replay_over = replay and made == 0
         except InputError as error:  # an endpoint that left the config, say
             _log.warning("%s: no copies for %s: %s", route.alias, route.candidate, error)
@@ -189,7 +217,7 @@ async def watch_over(
     """
     while True:
         try:
-            for report in await controller.step():
+            for report in await controller.step(None if once else every_s):
                 if once or not report.missing:
                     await asyncio.to_thread(told, report)  # a webhook may take its time
         except UserError as error:
