@@ -7,7 +7,7 @@ import asyncio
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from understudy.rollout.shadow import Means, shadow_alias
 from understudy.rollout.standing import Pair, Standing
 from understudy.rollout.trials import Order, abort, begin, pause, resume, set_stage
 from understudy.traffic.record import Attempt, Call, Feedback, new_key
+from understudy.traffic.rows import StoredCall
 from understudy.traffic.store import Store, open_store, unpriced
 
 OLD, NEW = "vendor/old", "local/new"
@@ -116,7 +117,7 @@ class World:
             if status == 200:
                 break
         answered = attempts[-1].target
-        call = self._call(task, answered, attempts)
+        call = self.as_call(task, answered, attempts)
         right = self.rng.random() < self.right[answered]
         records: list[Call | Feedback] = [call]
         if self.speaks:
@@ -125,7 +126,7 @@ class World:
         offset = self.store.reached("world") + 1
         self.store.insert(records, "world", offset, price=lambda c: Cost(0.001, "2026-01-01", "test"))
 
-    def _call(self, task: str, answered: str, attempts: list[Attempt]) -> Call:
+    def as_call(self, task: str, answered: str, attempts: list[Attempt]) -> Call:
         body = {
             "choices": [{"message": {"role": "assistant", "content": self.text}, "finish_reason": "stop"}]
         }
@@ -336,6 +337,28 @@ async def test_the_shadow_pays_for_no_copy_twice_and_leads_to_the_canary(
     assert len(copies) == len({c.tags["shadow_of"] for c in copies}) >= 12
     assert [r.stage for r in store.route_history("chat")][:3] == ["promoted", "shadow", "canary"]
     assert world.copies.calls == len(copies)
+
+
+async def test_each_call_is_read_once_however_often_it_is_looked_at(store: Store, config: Config) -> None:
+    read: list[str] = []
+
+    class Counting(Store):
+        def some(self, keys: Sequence[str], *, texts: bool = False) -> Iterator[StoredCall]:
+            read.extend(() if texts else keys)
+            return super().some(keys, texts=texts)
+
+    world = started(Counting(store._database), config)  # type: ignore[attr-defined] # the same file
+    await world.pass_on(100)
+    assert len(read) == len(set(read)) >= 90
+
+
+async def test_a_number_counts_where_no_text_was_recorded(store: Store, config: Config) -> None:
+    world = started(store, config)
+    plain = world.as_call
+    world.as_call = lambda *of: msgspec.structs.replace(plain(*of), request=b"", response=b"")
+    [report] = await world.pass_on(100)
+    assert report.standing.scored > 3
+    assert report.standing.difference.rounds > 3
 
 
 async def test_a_slow_candidate_in_the_shadow_holds_up_no_other_step(store: Store, config: Config) -> None:
