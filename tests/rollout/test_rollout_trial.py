@@ -355,7 +355,11 @@ async def test_each_call_is_read_once_however_often_it_is_looked_at(store: Store
 async def test_a_number_counts_where_no_text_was_recorded(store: Store, config: Config) -> None:
     world = started(store, config)
     plain = world.as_call
-    world.as_call = lambda *of: msgspec.structs.replace(plain(*of), request=b"", response=b"")
+
+    def bare(task: str, answered: str, attempts: list[Attempt]) -> Call:
+        return msgspec.structs.replace(plain(task, answered, attempts), request=b"", response=b"")
+
+    world.as_call = bare
     [report] = await world.pass_on(100)
     assert report.standing.scored > 3
     assert report.standing.difference.rounds > 3
