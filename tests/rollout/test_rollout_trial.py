@@ -388,6 +388,22 @@ async def test_a_slow_candidate_in_the_shadow_holds_up_no_other_step(store: Stor
     assert len(copies) == len({c.tags["shadow_of"] for c in copies}) > 0
 
 
+async def test_a_share_of_the_calls_is_copied(store: Store, config: Config) -> None:
+    world = started(store, settings(config, shadow_tasks=500, shadow_sample=0.3))
+    await world.pass_on(100)
+    assert 10 <= len(list(store.calls(alias=shadow_alias("chat")))) <= 50
+
+
+def test_without_a_task_a_key_keeps_its_model(store: Store, config: Config) -> None:
+    world = started(store, config)
+    table = build_table(config, world.upstreams, store.routes(), store.staying())
+    dealt = {f"key-{n}": table.targets("chat", key=f"key-{n}")[0].name for n in range(100)}
+    assert set(dealt.values()) == {OLD, NEW}
+    fresh = build_table(config, world.upstreams, store.routes(), store.staying())
+    for key, model in dealt.items():
+        assert {fresh.targets("chat", key=key)[0].name for _ in range(5)} == {model}
+
+
 async def test_the_shadows_money_is_capped(store: Store, config: Config) -> None:
     world = started(store, settings(config, shadow_tasks=500, shadow_usd=0.01))
 
