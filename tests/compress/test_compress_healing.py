@@ -237,6 +237,30 @@ def test_healing_by_corrections_saves_little(make, corpus, tmp_path: Path):
     assert saved < sum(p.numel() * 4 for p in student.parameters()) / 2
 
 
+def test_corrections_wake_nothing_that_was_filled_up_with_zeros(make, corpus, tmp_path: Path):
+    """Channels of a layer that keeps fewer than its file says, and a KV group of no use."""
+    student = make(seed=1)
+    layer = student.model.layers[0]
+    half = layer.self_attn.v_proj.weight.shape[0] // 2
+    per_head = layer.self_attn.o_proj.weight.shape[1] // 2
+    with torch.no_grad():
+        layer.mlp.gate_proj.weight[:4].zero_(), layer.mlp.up_proj.weight[:4].zero_()
+        layer.mlp.down_proj.weight[:, :4].zero_()
+        layer.self_attn.v_proj.weight[:half].zero_(), layer.self_attn.o_proj.weight[:, :per_head].zero_()
+    settings = msgspec.structs.replace(SETTINGS, lora=2, tokens=1000)
+    curve = heal(student, LiveTeacher(make()), corpus, settings, tmp_path)
+    assert curve.best > 0
+    for dead in (
+        layer.mlp.gate_proj.weight[:4],
+        layer.mlp.up_proj.weight[:4],
+        layer.mlp.down_proj.weight[:, :4],
+        layer.self_attn.v_proj.weight[:half],
+        layer.self_attn.o_proj.weight[:, :per_head],
+    ):
+        assert not dead.any()
+    assert layer.mlp.down_proj.weight[:, 4:].all()
+
+
 # hidden states
 
 

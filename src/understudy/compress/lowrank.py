@@ -33,6 +33,8 @@ class Corrected(nn.Module):
         self.plain = plain.requires_grad_(False)
         weight = plain.weight
         drawn = torch.randn(rank, plain.in_features, generator=generator) / math.sqrt(plain.in_features)
+        # what a per-layer size filled up with zeros must stay zero: no correction reads it
+        drawn[:, ~weight.detach().ne(0).any(0).to(drawn.device)] = 0
         self.a = nn.Parameter(drawn.to(weight))
         self.b = nn.Parameter(weight.new_zeros(plain.out_features, rank))
 
