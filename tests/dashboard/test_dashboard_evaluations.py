@@ -96,6 +96,14 @@ async def test_guards_are_shown_in_their_units(browse: Browse, drill: Path) -> N
         assert shown in one.text, shown
 
 
+async def test_a_certificate_written_anew_is_read_anew(browse: Browse, drill: Path) -> None:
+    browser = await browse()
+    assert "Who takes over assistant" in (await browser.get("/evaluations")).text
+    path = drill / certificates.CERTIFICATE
+    path.write_bytes(path.read_bytes().replace(b'"alias": "assistant"', b'"alias": "sorcerer!"'))
+    assert "Who takes over sorcerer!" in (await browser.get("/evaluations")).text
+
+
 async def test_a_broken_certificate_is_named(browse: Browse, tmp_path: Path) -> None:
     for name, text in (("a", "{}"), ("b", "[" * 100_000), ("c", "\xff")):
         (tmp_path / name).mkdir()

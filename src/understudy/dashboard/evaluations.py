@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from understudy.evaluate.report import EPlot, e_plot
 
 MOST_BYTES = 64 << 20
 """A certificate larger than this is not one."""
+MOST_KEPT = 16
 
 
 class Entry(NamedTuple):
@@ -115,6 +117,13 @@ def _name(path: Path) -> str:
     return hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
 
 
+@lru_cache(maxsize=MOST_KEPT)
+def _decoded(path: Path, written_ns: int, size: int) -> Certificate:
+    """Read once for each time it is written: a page lists all, and one may have megabytes."""
+    del written_ns, size
+    return msgspec.json.decode(path.read_bytes(), type=Certificate)
+
+
 def _entry(desk: Desk, path: Path) -> Entry:
     certificate, fault, written = None, "", 0.0
     try:
@@ -123,7 +132,7 @@ def _entry(desk: Desk, path: Path) -> Entry:
         if stat.st_size > MOST_BYTES:
             fault = "too large to be one"
         else:
-            certificate = msgspec.json.decode(path.read_bytes(), type=Certificate)
+            certificate = _decoded(path, stat.st_mtime_ns, stat.st_size)
     except OSError as error:
         fault = error.strerror or type(error).__name__
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
