@@ -3,7 +3,8 @@
 An errand is a plain function that a worker imports, with one argument; where a worker or its node dies Ray
 does it again elsewhere, so an errand must leave the same behind however often it is begun. Every node needs
 Understudy installed, and a folder that errands write to must be the same on all of them. It ignores what
-errands do (compress/spread) and how clusters are started.
+errands do (compress/spread) and how clusters are started. A `Crew` does many small things at once instead, in
+workers that stay (fleet).
 
 Source: docs.ray.io/en/latest/ray-core/fault-tolerance.html
 """
@@ -25,6 +26,8 @@ LOCAL, FOUND = "local", "auto"
 """A cluster of this machine alone, for as long as the command runs; the one that this machine is part of."""
 AGAIN = 8
 """Times an errand is begun anew after its worker died: more often, and the errand itself kills workers."""
+IN_FLIGHT = 1000
+"""Things that one of a crew does at once."""
 CONNECT_S = 5.0
 WAIT_S = 1.0
 """After so long without a result the cluster is asked for its size again: nodes come and go."""
@@ -42,12 +45,14 @@ class _Ray(Protocol):
 
     def init(self, **options: Any) -> object: ...
     def shutdown(self) -> None: ...
-    def remote(self, **options: Any) -> Callable[[Callable[..., Any]], _Remote]: ...
+    def remote(self, **options: Any) -> Callable[[Any], _Remote]: ...
+    def kill(self, actor: object) -> None: ...
     def wait(
         self, refs: list[object], *, num_returns: int, timeout: float
     ) -> tuple[list[object], list[object]]: ...
     def get(self, ref: object) -> Any: ...
     def cancel(self, ref: object, *, force: bool) -> None: ...
+    def nodes(self) -> list[dict[str, Any]]: ...
     def cluster_resources(self) -> dict[str, float]: ...
 
 
@@ -84,18 +89,69 @@ class Cluster:
             for ref in running:
                 self._ray.cancel(ref, force=True)
 
+    def crew(self, kind: type[Any], item: Any) -> Crew:
+        """Workers that stay, one a core, each with a ``kind`` made of ``item``; its coroutine `do` is theirs.
+
+        They ask the scheduler for no core: one whose node died must find a place on a node that is full.
+        Raises AddressError for a cluster without a core.
+        """
+        at = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": AGAIN, "max_concurrency": IN_FLIGHT}
+        members: list[Any] = []
+        for node in self._ray.nodes():
+            for _ in range(int(node["Resources"].get("CPU", 0)) if node["Alive"] else 0):
+                make = self._ray.remote(scheduling_strategy=at(node["NodeID"], soft=True), **options)
+                members.append(make(kind).remote(item))
+        if not members:
+            raise AddressError(f"no node of the cluster {self.address} has a core", expected="at least one")
+        return Crew(members, self._fault, self._ray.kill)
+
     def _result(self, ref: object) -> Any:
-        faults = import_module("ray.exceptions")
         try:
             return self._ray.get(ref)
-        except faults.RayTaskError as error:
-            raise error.cause from error
-        except faults.RayError as error:
-            raise AddressError(
-                f"the Ray cluster {self.address} could not do an errand: {_first_line(error)}",
-                expected=f"workers that live: it was begun {AGAIN + 1} times",
-                next_step="look into the cluster's logs, then the same command again: what is done is kept",
-            ) from error
+        except Exception as error:
+            raise self._fault(error) from error
+
+    def _fault(self, error: Exception) -> BaseException:
+        """What an errand raised, or why it was not done."""
+        faults = import_module("ray.exceptions")
+        if isinstance(error, faults.RayTaskError):
+            return cast(Any, error).cause
+        if not isinstance(error, faults.RayError):
+            return error
+        return AddressError(
+            f"the Ray cluster {self.address} could not do an errand: {_first_line(error)}",
+            expected=f"workers that live: it was begun {AGAIN + 1} times",
+            next_step="look into the cluster's logs, then the same command again: what is done is kept",
+        )
+
+
+class Crew:
+    """Workers that stay until they are dismissed; what one had under way when it died is begun anew."""
+
+    def __init__(
+        self,
+        members: list[Any],
+        fault: Callable[[Exception], BaseException],
+        dismiss: Callable[[object], None],
+    ) -> None:
+        self._members, self._fault, self._dismiss = members, fault, dismiss
+        self._busy = [0] * len(members)
+
+    async def do(self, item: Any) -> Any:
+        """By the member with the least to do. Raises what it raises, or AddressError."""
+        place = self._busy.index(min(self._busy))
+        self._busy[place] += 1
+        try:
+            return await self._members[place].do.remote(item)
+        except Exception as error:
+            raise self._fault(error) from error
+        finally:
+            self._busy[place] -= 1
+
+    def dismiss(self) -> None:
+        for member in self._members:
+            self._dismiss(member)
 
 
 @contextmanager

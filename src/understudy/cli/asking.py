@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from understudy.compress.progress import Progress
     from understudy.config import Config
     from understudy.endpoint import Endpoint
+    from understudy.fleet import Reach
 
 ANSWERED = "answered.jsonl"
 """Beside a hosted teacher's targets: the chats they are of."""
@@ -63,12 +64,15 @@ def sampled(
     config_path: Path,
     *,
     logprobs: bool = False,
+    address: str = "",
 ) -> tuple[list[Wanted], list[Sampled]]:
-    """Answers of an endpoint, its cost said (and, on a terminal, agreed to) before anything is asked."""
+    """Answers of an endpoint, its cost said (and, on a terminal, agreed to) before anything is asked; by the
+    Ray cluster at ``address``, if any."""
     import asyncio
 
     from understudy.compress import answers
     from understudy.evaluate import trial
+    from understudy.fleet import reaching
 
     config = config_at(config_path)
     asked = answers.wanted(target, _requests(data, alias, config), samples, logprobs=logprobs)
@@ -77,14 +81,14 @@ def sampled(
     if cost.answers > cost.cached and not yes:
         click.confirm("ask for them?", abort=True, err=True)
 
-    async def ask(progress: Progress) -> list[Sampled]:
-        async with trial.connect(config, target) as endpoint:
+    async def ask(reach: Reach, progress: Progress) -> list[Sampled]:
+        async with reach(trial.connect(config, target)) as endpoint:
             paced = trial.paced(endpoint, config.evaluate)
             most = config.evaluate.concurrency
             return await answers.sample(paced, asked, cache, concurrency=most, progress=progress)
 
-    with bars() as progress:
-        return asked, asyncio.run(ask(progress))
+    with reaching(address) as reach, bars() as progress:
+        return asked, asyncio.run(ask(reach, progress))
 
 
 def capture_prompted(
@@ -94,10 +98,13 @@ def capture_prompted(
     yes: bool,
     texts: list[Callable[[PreTrainedTokenizerBase], list[Document]]],
     config_path: Path,
+    address: str = "",
 ) -> Captured:
-    """What a vLLM server says of texts, its cost said (and, on a terminal, agreed to) before it is asked."""
+    """What a vLLM server says of texts, its cost said (and, on a terminal, agreed to) before it is asked; by
+    the Ray cluster at ``address``, if any."""
     from understudy.compress import checkpoint, healing
     from understudy.evaluate import trial
+    from understudy.fleet import reaching
     from understudy.protocol import Usage
 
     if student is None:
@@ -123,10 +130,11 @@ def capture_prompted(
         click.confirm("ask for them?", abort=True, err=True)
     most = config.evaluate.concurrency
 
-    @asynccontextmanager
-    async def connect() -> AsyncGenerator[Endpoint]:
-        async with trial.connect(config, target) as endpoint:
-            yield trial.paced(endpoint, config.evaluate)
+    with reaching(address) as reach, bars() as progress:
 
-    with bars() as progress:
+        @asynccontextmanager
+        async def connect() -> AsyncGenerator[Endpoint]:
+            async with reach(trial.connect(config, target)) as endpoint:
+                yield trial.paced(endpoint, config.evaluate)
+
         return healing.capture_prompted(target, own, documents, connect, out, most, progress)

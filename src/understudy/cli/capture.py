@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--as-they-are", is_flag=True, help="Ask a vLLM endpoint of the texts, not for new answers.")
 @click.option(
-    "--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster makes the shards."
+    "--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster makes the shards, or asks."
 )
 @click.option("--yes", is_flag=True, help="Ask an endpoint without showing the cost first.")
 @text_options
@@ -59,13 +59,11 @@ def capture(
     from understudy.compress.capture import part_of
     from understudy.compress.healing import CaptureJob, capture_only
 
-    if address and (as_they_are or is_endpoint(teacher, config_path)):
-        raise InputError(f"--ray with the endpoint {teacher}", expected="a model whose weights are here")
     if as_they_are:
         texts = texts_of(data, alias, config_path)
-        done = capture_prompted(teacher, out, student, yes, [texts], config_path)
+        done = capture_prompted(teacher, out, student, yes, [texts], config_path, address)
     elif is_endpoint(teacher, config_path):
-        done = _capture_hosted(teacher, out, student, yes, data, alias, config_path)
+        done = _capture_hosted(teacher, out, student, yes, data, alias, config_path, address)
     else:
         texts = texts_of(data, alias, config_path)
         with bars() as progress:
@@ -82,7 +80,14 @@ def capture(
 
 
 def _capture_hosted(
-    target: str, out: Path, student: Path | None, yes: bool, data: str, alias: str | None, config_path: Path
+    target: str,
+    out: Path,
+    student: Path | None,
+    yes: bool,
+    data: str,
+    alias: str | None,
+    config_path: Path,
+    address: str,
 ) -> Captured:
     from understudy.compress import answers, checkpoint, healing
     from understudy.compress.decoder import shape_of
@@ -90,7 +95,7 @@ def _capture_hosted(
     if student is None:
         raise InputError(f"{target} has no tokens of its own here", expected="--student CHECKPOINT")
     cache = out.with_name(out.name + ".answers.jsonl")
-    asked, found = sampled(target, 1, cache, yes, data, alias, config_path, logprobs=True)
+    asked, found = sampled(target, 1, cache, yes, data, alias, config_path, logprobs=True, address=address)
     told = [one for one in found if one.logprobs and answers.chats_of(asked, [one])]
     if not told:
         raise InputError(

@@ -13,6 +13,7 @@ from understudy.cli.asking import ANSWERED, capture_prompted, is_endpoint, sampl
 from understudy.cli.bars import bars, tells
 from understudy.cli.options import json_option, print_json
 from understudy.cli.texts import FILE, OUT, config_at, encoded, read, text_options, texts_of, train_exchanges
+from understudy.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--targets", type=OUT, default=None, help="Folder of `capture`: no teacher is loaded.")
 @click.option("--generate", default=None, help="ENDPOINT/MODEL that answers the prompts anew first.")
 @click.option("--samples", default=1, show_default=True, help="Answers to each prompt, with --generate.")
+@click.option("--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster asks endpoints.")
 @click.option("--yes", is_flag=True, help="Don't ask whether the cost of an endpoint is all right.")
 @click.option("--generic", type=FILE, default=None, help="Texts of nobody's traffic, mixed in.")
 @click.option("--generic-share", default=0.25, show_default=True, help="Their share of every step.")
@@ -60,6 +62,7 @@ def distil(
     targets: Path | None,
     generate: str | None,
     samples: int,
+    address: str,
     yes: bool,
     generic: Path | None,
     generic_share: float,
@@ -78,9 +81,15 @@ def distil(
     """
     from understudy.compress import distill, healing
 
+    if address and generate is None and not is_endpoint(teacher, config_path):
+        raise InputError(
+            f"--ray {address} without an endpoint to ask",
+            expected="--generate ENDPOINT/MODEL, or such a TEACHER",
+            next_step=f"understudy capture {teacher} --ray {address}, then distil --targets",
+        )
     texts = texts_of(data, alias, config_path)
     if generate is not None:
-        texts = _generated(generate, samples, out, yes, data, alias, config_path)
+        texts = _generated(generate, samples, out, yes, data, alias, config_path, address)
     elif targets is not None and data == "traffic" and (targets / ANSWERED).exists():
         texts = texts_of(str(targets / ANSWERED), None, config_path)
     elif teacher == healing.RECORDED and data == "traffic":
@@ -90,7 +99,7 @@ def distil(
     if targets is None and is_endpoint(teacher, config_path):
         targets = out.with_name(out.name + ".targets")
         every = [texts, mixed] if mixed else [texts]
-        capture_prompted(teacher, targets, student, yes, every, config_path)
+        capture_prompted(teacher, targets, student, yes, every, config_path, address)
     with bars() as progress:
         job = healing.HealJob(
             teacher, student, out, settings, held_out, texts, mixed, targets=targets, resume=resume
@@ -108,12 +117,20 @@ def distil(
 
 
 def _generated(
-    target: str, samples: int, out: Path, yes: bool, data: str, alias: str | None, config_path: Path
+    target: str,
+    samples: int,
+    out: Path,
+    yes: bool,
+    data: str,
+    alias: str | None,
+    config_path: Path,
+    address: str,
 ) -> Callable[[PreTrainedTokenizerBase], list[Document]]:
     from understudy.compress import answers
 
     cache = out.with_name(out.name + ".answers.jsonl")
-    chats = answers.chats_of(*sampled(target, samples, cache, yes, data, alias, config_path))
+    found = sampled(target, samples, cache, yes, data, alias, config_path, address=address)
+    chats = answers.chats_of(*found)
     return partial(encoded, chats)
 
 

@@ -211,6 +211,7 @@ def _e_value(value: float | None) -> str:
     help="Answers to each of the first 20 questions, the incumbent's too: how much each differs from itself.",
 )
 @click.option("--dry-run", is_flag=True, help="Tell calls and tokens first; nothing is called.")
+@click.option("--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster asks.")
 @config_option
 @json_option
 def run_(
@@ -221,6 +222,7 @@ def run_(
     out: Path,
     repeats: int,
     dry_run: bool,
+    address: str,
     config_path: Path,
     as_json: bool,
 ) -> None:
@@ -233,6 +235,7 @@ def run_(
     from understudy import config
     from understudy.evaluate import trial
     from understudy.evaluate.replay import forecast
+    from understudy.fleet import reaching
 
     loaded = config.load(config_path)
     settings = loaded.evaluate if budget is None else msgspec.structs.replace(loaded.evaluate, budget=budget)
@@ -245,9 +248,10 @@ def run_(
         _print_forecast(told, as_json)
         return
     show = None if as_json else _show_progress
-    certificate = trial.run(
-        trial.evaluate(loaded, alias, targets, sample, settings, out, show, repeats=repeats)
-    )
+    with reaching(address) as reach:
+        certificate = trial.run(
+            trial.evaluate(loaded, alias, targets, sample, settings, out, show, repeats=repeats, reach=reach)
+        )
     if as_json:
         print_json(certificate)
     else:

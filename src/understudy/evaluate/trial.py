@@ -41,6 +41,7 @@ from understudy.evaluate.judge import header_of, judge_pairs, refuse_kin
 from understudy.evaluate.replay import Bench, Progress, prove
 from understudy.evaluate.thrift import CachedEndpoint, PacedEndpoint, Price
 from understudy.evaluate.users import UserFigures, figures, marks_of, write_marks
+from understudy.fleet import Reach, itself
 from understudy.protocol import Usage
 from understudy.traffic.sample import Exchange, exchanges, sample_hash, shapes, split
 from understudy.traffic.store import open_store
@@ -127,11 +128,13 @@ async def evaluate(
     progress: Report | None = None,
     *,
     repeats: int = 1,
+    reach: Reach = itself,
 ) -> Certificate:
     """Prove every target on ``sample`` and write the certificate into ``out``.
 
     ``repeats`` above 1 asks the first questions again, that many times in all, of every candidate and of the
-    incumbent. Run again it pays for nothing twice. Raises what `prove` raises; the evidence paid for stays.
+    incumbent. Run again it pays for nothing twice. ``reach`` says from where the replay is
+    asked; what came is written down here either way. Raises what `prove` raises; the evidence paid for stays.
     """
     clients = [connect(loaded, target) for target in targets]
     if settings.judge:
@@ -139,8 +142,7 @@ async def evaluate(
     plan = _plan(loaded, alias, incumbent_of(sample), targets, out)
     async with AsyncExitStack() as stack:
         judge = await _bench(loaded, settings, stack)
-        for client in clients:
-            await stack.enter_async_context(client)
+        for client in [await stack.enter_async_context(reach(client)) for client in clients]:
             await prove(
                 thrifty(client, loaded, settings),
                 sample,
