@@ -55,11 +55,23 @@ def load(name: str) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+        return _readable(AutoProcessor.from_pretrained(name, trust_remote_code=False), name)
     except (ImportError, AttributeError, ValueError) as error:
         if "video" not in str(error).lower() and "torchvision" not in str(error).lower():
             raise ModelError(f"cannot load the processor of {name}: {error}") from error
     return _still(name)
+
+
+def _readable(processor: Any, name: str) -> Any:
+    """Voxtral's takes no sound beside a text: mistral-common alone writes its chats, without a template and
+    without tokens' places in the text, so nobody could tell what the assistant said."""
+    if type(processor).__name__ == "VoxtralProcessor":
+        raise ModelError(
+            f"{name} has Voxtral's processor, whose chats only mistral-common writes",
+            expected="a processor with a chat template of its own: Qwen2-Audio's for sound",
+            next_step="prune it from Python, from input_features (tests/compress/test_compress_sound.py)",
+        )
+    return processor
 
 
 def _still(name: str) -> Any:
