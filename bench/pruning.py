@@ -253,33 +253,18 @@ prune_only(PruneJob(sys.argv[1], Path(sys.argv[2]), sizes, None, lambda _: text,
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
-WHOLE = """
-import resource, sys
-from understudy.compress import checkpoint
-loaded = checkpoint.load(sys.argv[1])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
-
 
 def memory(keep: Keep, layers: int) -> dict[str, Any]:
-    """Peak resident memory of `understudy prune` on a random bf16 model of gigabytes, and of loading it."""
+    """Peak resident memory of `understudy prune` on a random bf16 model of gigabytes."""
 
     def measure() -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             size = random_checkpoint(folder / "teacher", layers)
             script = [sys.executable, "-c", MEMORY, folder / "teacher", folder / "student", "3072"]
-            whole = subprocess.run(
-                [sys.executable, "-c", WHOLE, folder / "teacher"], capture_output=True, text=True, check=True
-            )
             started = time.time()
             done = subprocess.run(script, capture_output=True, text=True, check=True)
-            return {
-                "bytes": size,
-                "whole": int(whole.stdout.split()[-1]),
-                "peak": int(done.stdout.split()[-1]),
-                "seconds": time.time() - started,
-            }
+            return {"bytes": size, "peak": int(done.stdout.split()[-1]), "seconds": time.time() - started}
 
     return keep.get(f"memory {layers}", measure)
 
@@ -389,9 +374,6 @@ def main() -> None:
     def wants(part: str) -> bool:
         return arguments.only in ("", part)
 
-    if arguments.only == "memory":
-        say_memory(memory(keep, arguments.layers))
-        return
     loaded = checkpoint.load(TEACHER)
     text = texts(loaded.tokenizer)
     before = loaded.model.num_parameters()
@@ -420,16 +402,12 @@ def main() -> None:
         for rule in ("magnitude, sliced", "ours, sliced", "ours"):
             print(say(rule, found[rule]))
     if wants("memory"):
-        say_memory(memory(keep, arguments.layers))
-
-
-def say_memory(peak: dict[str, Any]) -> None:
-    size, most = peak["bytes"], peak["peak"]
-    print(
-        f"\nMemory: a random bf16 model of {size / 2**30:.2f} GiB is pruned, streamed, with a peak of "
-        f"{most / 2**30:.2f} GiB (25% of the model + 2 GiB: {size / 2**32 + 2:.2f}); to load it whole takes "
-        f"{peak['whole'] / 2**30:.2f} GiB, before anything is pruned."
-    )
+        peak = memory(keep, arguments.layers)
+        size, most = peak["bytes"], peak["peak"]
+        print(
+            f"\nMemory: a random bf16 model of {size / 2**30:.2f} GiB is pruned, streamed, with a peak of "
+            f"{most / 2**30:.2f} GiB (25% of the model + 2 GiB: {size / 2**32 + 2:.2f})."
+        )
 
 
 if __name__ == "__main__":
