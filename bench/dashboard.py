@@ -35,7 +35,7 @@ from understudy.rollout.trials import Order, begin
 from understudy.traffic.database import Database, open_database
 from understudy.traffic.hours import DAY_H, HOUR_S, Hour
 from understudy.traffic.record import Call, Feedback, Record
-from understudy.traffic.rows import CALL_COLUMNS, FEEDBACK_COLUMNS
+from understudy.traffic.rows import CALLS, FEEDBACK_COLUMNS, ROW_COLUMNS
 from understudy.traffic.store import open_store
 
 CONFIG = """
@@ -134,7 +134,7 @@ def multiply(database: Database, times: int, now: float) -> None:
     copies = f"WITH RECURSIVE n(copy) AS (SELECT 1 UNION ALL SELECT copy + 1 FROM n WHERE copy < {times - 1})"
     with database.transaction():
         for table, columns, new in (
-            ("calls", CALL_COLUMNS, changed),
+            ("calls", ROW_COLUMNS, changed),
             ("feedback", FEEDBACK_COLUMNS, {"key": moved("key"), "call": moved("call"), "at": at}),
         ):
             values = ", ".join(new.get(name, name) for name in columns.split(", "))
@@ -157,7 +157,7 @@ def _sum_up(database: Database) -> None:
         database.execute("DELETE FROM hours")
         database.execute(
             f"INSERT INTO hours ({', '.join(Hour._fields)}) SELECT CAST(at / {HOUR_S} AS INTEGER), alias, "
-            f"target, {', '.join(sums[name] for name in Hour._fields[3:])} FROM calls GROUP BY 1, 2, 3"
+            f"target, {', '.join(sums[name] for name in Hour._fields[3:])} FROM {CALLS} GROUP BY 1, 2, 3"
         )
         database.execute("DELETE FROM days")
         columns = ", ".join(Hour._fields[1:])

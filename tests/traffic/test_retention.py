@@ -19,6 +19,7 @@ from understudy.traffic.indexer import Indexer
 from understudy.traffic.migrations import HISTORY, migrate
 from understudy.traffic.record import Call, Feedback, new_key
 from understudy.traffic.retention import DAY_S, Retention
+from understudy.traffic.rows import KIND_COLUMNS
 from understudy.traffic.segments import SegmentWriter, is_open, segment_files
 from understudy.traffic.store import Counts, Store, open_store
 
@@ -155,7 +156,7 @@ def test_everything_forgotten_leaves_nothing(store: Store, make_call: MakeCall) 
     assert store.forget(calls[-1].at + 1) == 4
     assert store.sweep(limit=3) > 5
     assert store.counts() == EMPTY
-    for table in ("digests", "lifts", "links", "released", "bundles"):
+    for table in ("digests", "lifts", "links", "released", "bundles", "kinds"):
         rows = store._database.query(f"SELECT COUNT(*) FROM {table}")  # pyright: ignore[reportPrivateUsage] - what no caller may see
         assert rows[0][0] == 0
     # and the store is as good as new
@@ -185,7 +186,15 @@ def test_what_calls_share_stays_until_the_last_of_them(store: Store, make_call: 
     assert store.counts() == EMPTY
 
 
+KIND = {
+    name: "INTEGER" if name in ("stream", "usage_estimated", "plain") else "TEXT"
+    for name in KIND_COLUMNS.split(", ")
+}
 UNDONE = (
+    *(f"ALTER TABLE calls ADD COLUMN {name} {kind}" for name, kind in KIND.items()),
+    *(f"UPDATE calls SET {name} = (SELECT {name} FROM kinds WHERE id = kind)" for name in KIND),
+    "ALTER TABLE calls DROP COLUMN kind",
+    "DROP TABLE kinds",
     "DROP TABLE allowances",
     *(f"ALTER TABLE keys DROP COLUMN {kind}" for kind in KINDS),
     "ALTER TABLE calls DROP COLUMN plain",

@@ -22,6 +22,7 @@ from understudy.traffic import sample, texts
 from understudy.traffic.database import SqliteDatabase
 from understudy.traffic.migrations import HISTORY, migrate, schema_version
 from understudy.traffic.record import Attempt, Call, Feedback, new_key
+from understudy.traffic.rows import ATTEMPT_COLUMNS, CALL_COLUMNS, CALLS
 from understudy.traffic.store import Store, open_store
 
 MakeCall = Callable[..., Call]
@@ -363,11 +364,13 @@ TOLD = "The tides follow the moon, and the moon follows nobody in particular. " 
 
 @pytest.mark.parametrize("answer", [said(TOLD), streamed(*TOLD.split(" "), more="data: [DONE]\n\n")])
 @pytest.mark.parametrize("batches", [1, 2], ids=["in one batch", "in two"])
+@pytest.mark.parametrize("codec", [b"s", b"3"], ids=["word for word", "nearly"])
 def test_an_answer_that_comes_back_is_not_stored_twice(
-    store: Store, make_call: MakeCall, answer: bytes, batches: int
+    store: Store, make_call: MakeCall, answer: bytes, batches: int, codec: bytes
 ) -> None:
     asked = [{"role": "user", "content": "What of the tides?"}]
     heard = TOLD if answer.startswith(b"{") else TOLD.replace(" ", "")
+    heard = heard if codec == b"s" else f"{heard[:-1]} And more."
     follow = [*asked, {"role": "assistant", "content": heard}, {"role": "user", "content": "And the sun?"}]
     first, second = (
         make_call(request=json.dumps({"messages": messages}).encode(), response=answer)
@@ -376,7 +379,7 @@ def test_an_answer_that_comes_back_is_not_stored_twice(
     for number, records in enumerate([[first, second]] if batches == 1 else [[first], [second]]):
         store.insert(records, f"s{number}", 1)
     codecs = [bytes(row[0])[:1] for row in store._database.query("SELECT data FROM blobs")]
-    assert codecs.count(b"3") == 1  # compressed against the answer
+    assert codecs.count(codec) == 1  # compressed against the answer
     for call in (first, second):
         kept = store.call(call.key)
         assert kept is not None
@@ -447,3 +450,40 @@ def test_an_attempt_that_went_as_the_call_did_needs_no_row(store: Store, make_ca
         kept = store.call(call.key)
         assert kept is not None
         assert kept.call.attempts == attempts
+
+
+def test_what_calls_have_in_common_is_taken_out_of_an_older_store(
+    store_url: str, tmp_path: Path, make_call: MakeCall
+) -> None:
+    """A store of the version before kinds, with calls of several, one without known parameters."""
+    before = next(n for n, step in enumerate(HISTORY) if step.name == "m026_create_kinds")
+    calls = [
+        make_call(),
+        make_call(target="openai/other", status=429, task_id="t-1", attempts=[]),
+        make_call(stream=True, caller="k1"),
+        make_call(usage=None, request=b"not json", response=b""),
+    ]
+    with open_store(store_url, tmp_path) as store:
+        store.insert(
+            calls, "s", 1, price=lambda call: Cost(0.5, "2026-01-01", "list") if call.stream else None
+        )
+        kept, dealt = list(store.calls()), list(store.dealt("assistant", 0.0))
+        table = store._database.query(f"SELECT {CALL_COLUMNS} FROM {CALLS} ORDER BY key")
+        sql = f"INSERT INTO attempts ({ATTEMPT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        attempts = store._database.query(f"SELECT {ATTEMPT_COLUMNS} FROM attempts")
+        for name in sorted(store._database.tables()):
+            store._database.execute(f"DROP TABLE {name}")
+        migrate(store._database, upto=before)
+        marks = ", ".join("?" * len(table[0]))
+        store._database.many(f"INSERT INTO calls ({CALL_COLUMNS}) VALUES ({marks})", table)
+        store._database.many(sql, attempts)
+    with open_store(store_url, tmp_path) as store:
+        assert list(store.calls()) == kept
+        assert [c.shape.parameters is None for c in store.calls()] == [False, False, False, True]
+        assert store._database.query("SELECT COUNT(*) FROM kinds")[0][0] == 4
+        assert [c.call.target for c in store.calls(target="openai/other")] == ["openai/other"]
+        assert [m.target for m in store.models()] == [calls[0].target]
+        assert list(store.dealt("assistant", 0.0)) == dealt == [("t-1", "openai/other")]
+        store.insert([make_call()], "s", 2)
+        assert store._database.query("SELECT COUNT(*) FROM kinds")[0][0] == 4
+        assert "calls_before" not in store._database.tables()

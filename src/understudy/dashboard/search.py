@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from understudy.dashboard.exchange import shown
 from understudy.traffic import rows
 from understudy.traffic.database import Database, Row
-from understudy.traffic.rows import CALL_COLUMNS, StoredCall
+from understudy.traffic.rows import CALL_COLUMNS, CALLS, StoredCall
 from understudy.traffic.shelf import Shelf
 
 PAGE = 50
@@ -152,7 +152,7 @@ def _matching(
     keys, values = statement(query, cursor, edge, "key", TEXT_WINDOW if wanted.text else PAGE + 1)
     order = "DESC" if cursor.direction == "older" else "ASC"
     # keys first: what an index alone can answer opens only the rows that are shown
-    sql = f"SELECT {CALL_COLUMNS} FROM calls WHERE key IN ({keys}) ORDER BY key {order}"  # noqa: S608 as above
+    sql = f"SELECT {CALL_COLUMNS} FROM {CALLS} WHERE key IN ({keys}) ORDER BY key {order}"  # noqa: S608 as above
     table = database.query(sql, values)
     if not wanted.text:
         return _stored(database, table)

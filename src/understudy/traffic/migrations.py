@@ -410,6 +410,92 @@ M025_CREATE_DAYS = Migration(
     ),
 )
 
+_KIND = (
+    "target, answered_by, route, stream, usage_estimated, finish_reason, caller, price_date, price_source, "
+    "modalities, features, parameters, plain"
+)
+_OWN = (
+    "key, at, alias, status, prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, "
+    "audio_tokens, output_audio_tokens, cache_write_tokens, cached_audio_tokens, "
+    "cache_write_1h_tokens, ttft_s, total_s, task_id, tags, cost_usd, prompt_hash, max_tokens, "
+    "frame, messages, response"
+)
+
+M026_CREATE_KINDS = Migration(
+    "m026_create_kinds",
+    (
+        # what thousands of calls have in common is written once: half of a call's row was that
+        """
+        CREATE TABLE kinds (
+            id INTEGER PRIMARY KEY,
+            target TEXT NOT NULL,
+            answered_by TEXT NOT NULL,
+            route TEXT NOT NULL,
+            stream INTEGER NOT NULL,
+            usage_estimated INTEGER NOT NULL,
+            finish_reason TEXT NOT NULL,
+            caller TEXT NOT NULL,
+            price_date TEXT NOT NULL,
+            price_source TEXT NOT NULL,
+            modalities TEXT NOT NULL,
+            features TEXT NOT NULL,
+            parameters TEXT,
+            plain INTEGER NOT NULL
+        )
+        """,
+        "CREATE INDEX kinds_by_target ON kinds (target, answered_by)",
+        f"INSERT INTO kinds (id, {_KIND}) "  # noqa: S608 literals
+        f"SELECT ROW_NUMBER() OVER (), {_KIND} FROM (SELECT DISTINCT {_KIND} FROM calls) AS seen",
+        "ALTER TABLE calls RENAME TO calls_before",
+        "DROP INDEX calls_by_alias",
+        "DROP INDEX calls_failed",
+        "DROP INDEX calls_failed_by_alias",
+        "DROP INDEX calls_by_task",
+        """
+        CREATE TABLE calls (
+            key TEXT PRIMARY KEY,
+            at REAL NOT NULL,
+            alias TEXT NOT NULL,
+            kind INTEGER NOT NULL,
+            status INTEGER NOT NULL,
+            prompt_tokens INTEGER,
+            completion_tokens INTEGER,
+            cached_tokens INTEGER,
+            reasoning_tokens INTEGER,
+            audio_tokens INTEGER,
+            output_audio_tokens INTEGER NOT NULL,
+            cache_write_tokens INTEGER NOT NULL,
+            cached_audio_tokens INTEGER NOT NULL,
+            cache_write_1h_tokens INTEGER NOT NULL,
+            ttft_s REAL NOT NULL,
+            total_s REAL NOT NULL,
+            task_id TEXT NOT NULL,
+            tags TEXT NOT NULL,
+            cost_usd REAL,
+            prompt_hash BLOB,
+            max_tokens INTEGER NOT NULL,
+            frame INTEGER,
+            messages INTEGER,
+            response INTEGER
+        ) WITHOUT ROWID
+        """,
+        f"INSERT INTO calls ({_OWN}, kind) SELECT {_OWN}, kinds.id FROM calls_before "  # noqa: S608 literals
+        "JOIN kinds ON "
+        + " AND ".join(
+            f"COALESCE(kinds.{name}, '-') = COALESCE(calls_before.{name}, '-')"
+            if name == "parameters"
+            else f"kinds.{name} = calls_before.{name}"
+            for name in _KIND.split(", ")
+        )
+        + " ORDER BY key",
+        "DROP TABLE calls_before",
+        "CREATE INDEX calls_by_alias ON calls (alias, key)",
+        "CREATE INDEX calls_failed ON calls (key, status) WHERE status >= 400",
+        "CREATE INDEX calls_failed_by_alias ON calls (alias, key, status) WHERE status >= 400",
+        "CREATE INDEX calls_by_task ON calls (task_id, key) WHERE task_id <> ''",
+    ),
+)
+
 
 HISTORY = (
     M001_CREATE_CALLS,
@@ -437,6 +523,7 @@ HISTORY = (
     M023_CREATE_FINGERPRINTS,
     M024_ADD_PARAMETERS,
     M025_CREATE_DAYS,
+    M026_CREATE_KINDS,
 )
 
 

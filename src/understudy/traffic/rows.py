@@ -1,4 +1,4 @@
-"""A recorded call as a row of the table ``calls``, and back.
+"""A recorded call as a row of ``calls`` and of ``kinds``, and back.
 
 It ignores texts (shelf) and queries (store). Whatever a caller or a vendor sent must fit a row: numbers are
 bounded and text is made valid, for one record that cannot be stored would stop all that follow.
@@ -35,11 +35,25 @@ USAGE_COLUMNS = (
     "prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens, audio_tokens, output_audio_tokens, "
     "cache_write_tokens, cached_audio_tokens, cache_write_1h_tokens"
 )
-CALL_COLUMNS = (
-    f"key, at, alias, target, answered_by, route, status, stream, usage_estimated, ttft_s, total_s, "
-    f"finish_reason, task_id, tags, caller, cost_usd, price_date, price_source, {USAGE_COLUMNS}, "
-    f"prompt_hash, modalities, features, max_tokens, frame, messages, response, plain, parameters"
+_OWN_COLUMNS = (
+    f"key, at, alias, status, ttft_s, total_s, task_id, tags, cost_usd, {USAGE_COLUMNS}, prompt_hash, "
+    "max_tokens, frame, messages, response"
 )
+KIND_COLUMNS = (
+    "target, answered_by, route, stream, usage_estimated, finish_reason, caller, price_date, price_source, "
+    "modalities, features, parameters, plain"
+)
+"""What thousands of calls have in common: rows of ``kinds``."""
+ROW_COLUMNS = f"{_OWN_COLUMNS}, kind"
+"""Of the table ``calls``."""
+CALL_COLUMNS = f"{_OWN_COLUMNS}, {KIND_COLUMNS}"
+"""Of `CALLS`."""
+CALLS = "calls LEFT JOIN kinds ON kinds.id = calls.kind"
+"""LEFT: every call has its kind, but so no planner begins with the kinds."""
+OWN = _OWN_COLUMNS.count(",") + 1
+"""Columns of a call's own; those of its kind stand behind them."""
+_PLACE = {name: place for place, name in enumerate(CALL_COLUMNS.split(", "))}
+_USAGE = slice(_PLACE["prompt_tokens"], _PLACE["prompt_tokens"] + USAGE_COLUMNS.count(",") + 1)
 ATTEMPT_COLUMNS = "call, number, target, status, billed, started, ended, error, form"
 FEEDBACK_COLUMNS = "key, call, at, metric, value, expected, comment"
 
@@ -101,33 +115,39 @@ def shape_of(call: Call) -> Shape:
 def call_row(call: Call, cost: Cost | None, shape: Shape, place: Place) -> tuple[Any, ...]:
     """Values in the order of `CALL_COLUMNS`."""
     usage = call.usage
-    counts = (None,) * 5 + (0,) * 4 if usage is None else _counts(usage)
+    counts = _UNTOLD if usage is None else _counts(usage)
     return (
         call.key,
         call.at,
         text(call.alias),
+        call.status,
+        call.ttft_s,
+        call.total_s,
+        text(call.task_id),
+        text(msgspec.json.encode(call.tags).decode()) if call.tags else "",
+        cost.usd if cost else None,
+        *counts,
+        bytes.fromhex(shape.prompt_hash)[:_HASH_BYTES] or None,
+        _bounded(shape.max_tokens),
+        *place,
         text(call.target),
         text(call.answered_by),
         call.route,
-        call.status,
         int(call.stream),
         int(call.usage_estimated),
-        call.ttft_s,
-        call.total_s,
         text(call.finish_reason),
-        text(call.task_id),
-        text(msgspec.json.encode(call.tags).decode()) if call.tags else "",
         text(call.caller),
-        *((cost.usd, cost.price_date, cost.source) if cost else (None, "", "")),
-        *counts,
-        bytes.fromhex(shape.prompt_hash)[:_HASH_BYTES] or None,
-        ",".join(sorted(shape.modalities)),
-        ",".join(sorted(shape.features)),
-        _bounded(shape.max_tokens),
-        *place,
+        *((cost.price_date, cost.source) if cost else ("", "")),
+        _column(shape.modalities),
+        _column(shape.features),
+        None if shape.parameters is None else _column(shape.parameters),
         int(_is_plain(call)),
-        None if shape.parameters is None else ",".join(sorted(shape.parameters)),
     )
+
+
+@lru_cache(maxsize=1024)
+def _column(words: frozenset[str]) -> str:
+    return ",".join(sorted(words))
 
 
 def _is_plain(call: Call) -> bool:
@@ -167,31 +187,33 @@ def feedback_row(feedback: Feedback) -> tuple[Any, ...]:
 
 def stored_call(row: Sequence[Any], attempts: list[Attempt], bodies: Bodies) -> StoredCall:
     """The inverse of `call_row`."""
+    said = dict(zip(_PLACE, row, strict=True))
     call = Call(
-        key=row[0],
-        at=row[1],
-        alias=row[2],
-        target=row[3],
-        answered_by=row[4],
-        route=cast(Route, row[5]),
-        status=row[6],
-        stream=bool(row[7]),
-        usage_estimated=bool(row[8]),
-        ttft_s=row[9],
-        total_s=row[10],
-        finish_reason=row[11],
-        task_id=row[12],
-        tags=msgspec.json.decode(row[13], type=dict[str, str]) if row[13] else {},
-        caller=row[14],
-        usage=usage_of_row(row[18:27]),
+        key=said["key"],
+        at=said["at"],
+        alias=said["alias"],
+        target=said["target"],
+        answered_by=said["answered_by"],
+        route=cast(Route, said["route"]),
+        status=said["status"],
+        stream=bool(said["stream"]),
+        usage_estimated=bool(said["usage_estimated"]),
+        ttft_s=said["ttft_s"],
+        total_s=said["total_s"],
+        finish_reason=said["finish_reason"],
+        task_id=said["task_id"],
+        tags=msgspec.json.decode(said["tags"], type=dict[str, str]) if said["tags"] else {},
+        caller=said["caller"],
+        usage=usage_of_row(row[_USAGE]),
         attempts=attempts,
         request=bodies.request,
         response=bodies.response,
     )
-    if row[34]:
+    if said["plain"]:
         call = msgspec.structs.replace(call, attempts=[_plain_attempt(call)])
-    cost = None if row[15] is None else Cost(row[15], row[16], row[17])
-    return StoredCall(call, cost, _shape(row[27:31], row[35]))
+    cost = said["cost_usd"]
+    priced = None if cost is None else Cost(cost, said["price_date"], said["price_source"])
+    return StoredCall(call, priced, _shape(said))
 
 
 def call_shape(row: Sequence[Any], completed: bool | None) -> CallShape:
@@ -228,7 +250,7 @@ def usage_of_row(counts: Sequence[int | None]) -> Usage | None:
 
 def place_of_row(row: Sequence[Any]) -> Place:
     """Where the bodies of a row of `CALL_COLUMNS` lie."""
-    return Place(row[31], row[32], row[33])
+    return Place(*row[_PLACE["frame"] : _PLACE["response"] + 1])
 
 
 @lru_cache(maxsize=1024)
@@ -237,10 +259,11 @@ def words(column: str) -> frozenset[str]:
     return frozenset(column.split(",")) if column else frozenset()
 
 
-def _shape(row: Sequence[Any], parameters: str | None) -> Shape:
-    hashed = "" if row[0] is None else bytes(row[0]).hex()
-    sent = None if parameters is None else words(parameters)
-    return Shape(hashed, cast(frozenset[Modality], words(row[1])), words(row[2]), row[3], sent)
+def _shape(said: Json) -> Shape:
+    hashed = "" if said["prompt_hash"] is None else bytes(said["prompt_hash"]).hex()
+    sent = None if said["parameters"] is None else words(said["parameters"])
+    modalities = cast(frozenset[Modality], words(said["modalities"]))
+    return Shape(hashed, modalities, words(said["features"]), said["max_tokens"], sent)
 
 
 def _limit(request: Json) -> int:
@@ -250,21 +273,23 @@ def _limit(request: Json) -> int:
     return 0
 
 
+_UNTOLD = (None,) * 5 + (0,) * 4
+
+
 def _counts(usage: Usage) -> tuple[int, ...]:
-    return tuple(
-        _bounded(count)
-        for count in (
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            usage.cached_tokens,
-            usage.reasoning_tokens,
-            usage.audio_tokens,
-            usage.output_audio_tokens,
-            usage.cache_write_tokens,
-            usage.cached_audio_tokens,
-            usage.cache_write_1h_tokens,
-        )
+    counts = (
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.cached_tokens,
+        usage.reasoning_tokens,
+        usage.audio_tokens,
+        usage.output_audio_tokens,
+        usage.cache_write_tokens,
+        usage.cached_audio_tokens,
+        usage.cache_write_1h_tokens,
     )
+    usual = min(counts) >= 0 and max(counts) <= LARGEST
+    return counts if usual else tuple(_bounded(count) for count in counts)
 
 
 def _bounded(count: int) -> int:
@@ -273,4 +298,6 @@ def _bounded(count: int) -> int:
 
 def text(value: str) -> str:
     """Valid UTF-8 without NUL, which PostgreSQL refuses in text."""
+    if value.isascii() and "\0" not in value:
+        return value
     return value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")

@@ -26,9 +26,19 @@ from understudy.traffic.allowances import Kind, Limits
 from understudy.traffic.database import Database, Row, open_database
 from understudy.traffic.fingerprints import Fingerprint
 from understudy.traffic.hours import Hour
+from understudy.traffic.kinds import keep_kinds, sweep_kinds
 from understudy.traffic.migrations import migrate
 from understudy.traffic.record import Attempt, Call, Feedback, Record
-from understudy.traffic.rows import ATTEMPT_COLUMNS, CALL_COLUMNS, FEEDBACK_COLUMNS, USAGE_COLUMNS, StoredCall
+from understudy.traffic.rows import (
+    ATTEMPT_COLUMNS,
+    CALL_COLUMNS,
+    CALLS,
+    FEEDBACK_COLUMNS,
+    OWN,
+    ROW_COLUMNS,
+    USAGE_COLUMNS,
+    StoredCall,
+)
 from understudy.traffic.shelf import Bodies, Place, Shelf, chunks, marks
 
 Price = Callable[[Call], Cost | None]
@@ -42,6 +52,7 @@ _ROUTE_COLUMNS = (
     "alias, version, model, fallback, stage, changed_at, changed_by, reason, evidence, "
     "candidate, share, origin, deadline"
 )
+_OF_TARGET = "kind IN (SELECT id FROM kinds WHERE target = ?)"
 _KEY_COLUMNS = f"id, name, created, revoked, {', '.join(Limits._fields)}"
 _SHAPE_COLUMNS = f"key, at, modalities, features, max_tokens, task_id, parameters, {USAGE_COLUMNS}"
 
@@ -247,7 +258,8 @@ class Store:
         places = self._shelf.put([Bodies(c.request, c.response) for c in calls])
         table = [rows.call_row(c, price(c), rows.shape_of(c), p) for c, p in zip(calls, places, strict=True)]
         table.sort(key=itemgetter(0))  # several gateways' calls: in the order of their keys, pages are filled
-        self._many("calls", CALL_COLUMNS, table)
+        kinds = keep_kinds(self._database, [row[OWN:] for row in table])
+        self._many("calls", ROW_COLUMNS, [(*row[:OWN], kinds[row[OWN:]]) for row in table])
         hours.add(self._database, table)
         fingerprints.add(self._database, calls)
         self._many("attempts", ATTEMPT_COLUMNS, [row for call in calls for row in rows.attempt_rows(call)])
@@ -280,7 +292,7 @@ class Store:
         """
         where = _Where()
         where.add("alias = ?", alias)
-        where.add("target = ?", target)
+        where.add(_OF_TARGET, target)
         where.add("task_id = ?", task_id)
         where.add("at >= ?", since)
         where.add("at < ?", until)
@@ -290,7 +302,7 @@ class Store:
 
     def call(self, key: str) -> StoredCall | None:
         """One call with its texts; None when there is none."""
-        sql = f"SELECT {CALL_COLUMNS} FROM calls WHERE key = ?"  # noqa: S608 literals
+        sql = f"SELECT {CALL_COLUMNS} FROM {CALLS} WHERE key = ?"  # noqa: S608 literals
         found = self._database.query(sql, (key,))
         if not found:
             return None
@@ -319,7 +331,7 @@ class Store:
         page: list[Row] = []
         while not page or len(page) == PAGE:
             here = where.and_also(beyond, page[-1][0]) if page else where
-            sql = f"SELECT {CALL_COLUMNS} FROM calls {here.sql} ORDER BY key {order} LIMIT {PAGE}"  # noqa: S608
+            sql = f"SELECT {CALL_COLUMNS} FROM {CALLS} {here.sql} ORDER BY key {order} LIMIT {PAGE}"  # noqa: S608
             page = self._database.query(sql, here.values)
             if not page:
                 return
@@ -381,10 +393,10 @@ class Store:
         where = _Where()
         where.add("status < ?", 400)
         where.add("alias = ?", alias)
-        where.add("target = ?", target)
+        where.add(_OF_TARGET, target)
         where.add("at >= ?", since)
         end = "ORDER BY key" if latest is None else f"ORDER BY key DESC LIMIT {int(latest)}"
-        sql = f"SELECT {_SHAPE_COLUMNS} FROM calls {where.sql} {end}"  # noqa: S608 literals, a number and "?"
+        sql = f"SELECT {_SHAPE_COLUMNS} FROM {CALLS} {where.sql} {end}"  # noqa: S608 literals, a number and "?"
         table = self._database.query(sql, where.values)
         said = self._completed(None if latest is None else [row[0] for row in table])
         ordered = table if latest is None else table[::-1]
@@ -404,9 +416,9 @@ class Store:
     def models(self) -> list[ModelUse]:
         """Each alias and target seen in answered traffic, with its calls, tokens and cost."""
         sql = (
-            "SELECT alias, target, COUNT(*), COALESCE(SUM(prompt_tokens), 0), "
+            "SELECT alias, target, COUNT(*), COALESCE(SUM(prompt_tokens), 0), "  # noqa: S608 literals
             "COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(cost_usd), 0.0), MIN(at), MAX(at) "
-            "FROM calls WHERE status < 400 GROUP BY alias, target ORDER BY alias, target"
+            f"FROM {CALLS} WHERE status < 400 GROUP BY alias, target ORDER BY alias, target"
         )
         return [ModelUse(r[0], r[1], *(int(n) for n in r[2:5]), *r[5:]) for r in self._database.query(sql)]
 
@@ -415,7 +427,7 @@ class Store:
         where = _Where(["status < 400", "answered_by <> ''"])
         where.add("at >= ?", since)
         sql = (
-            f"SELECT target, answered_by, COUNT(*), MIN(at), MAX(at) FROM calls {where.sql} "  # noqa: S608
+            f"SELECT target, answered_by, COUNT(*), MIN(at), MAX(at) FROM {CALLS} {where.sql} "  # noqa: S608
             "GROUP BY target, answered_by ORDER BY target, MIN(at)"
         )
         return [AnsweredBy(r[0], r[1], int(r[2]), *r[3:]) for r in self._database.query(sql, where.values)]
@@ -427,7 +439,7 @@ class Store:
     def latencies(self, *, latest: int = 2_000) -> list[Latency]:
         """Medians over the ``latest`` answered calls, by target; a target with none of them is left out."""
         sql = (
-            "SELECT target, ttft_s, total_s, completion_tokens FROM calls "
+            f"SELECT target, ttft_s, total_s, completion_tokens FROM {CALLS} "  # noqa: S608 literals
             "WHERE status < 400 AND total_s > 0 ORDER BY key DESC LIMIT ?"
         )
         timed: dict[str, list[Row]] = {}
@@ -457,7 +469,7 @@ class Store:
         tables = ("calls", "feedback", "attempts", "blobs")
         sql = "SELECT " + ", ".join(f"(SELECT COUNT(*) FROM {table})" for table in tables)  # noqa: S608 literals
         counts = Counts(*self._database.query(sql)[0])
-        plain = self._database.query("SELECT COUNT(*) FROM calls WHERE plain = 1")[0][0]
+        plain = self._database.query(f"SELECT COUNT(*) FROM {CALLS} WHERE plain = 1")[0][0]  # noqa: S608
         bound = self._database.query("SELECT COALESCE(SUM(leaves), 0) FROM bundles")[0][0]
         return counts._replace(attempts=counts.attempts + plain, blobs=counts.blobs + int(bound))
 
@@ -488,6 +500,7 @@ class Store:
             return 0
         with self._database.transaction():
             self._shelf.settle()
+            sweep_kinds(self._database)
         swept = part = self._sweep(limit)
         while part == limit:
             part = self._sweep(limit)
@@ -587,9 +600,9 @@ class Store:
     def dealt(self, alias: str, since: float) -> Iterator[tuple[str, str]]:
         """Task and the target asked first, of each call with a task since then (Unix seconds), in order."""
         sql = (
-            "SELECT task_id, COALESCE((SELECT target FROM attempts WHERE call = calls.key "
+            "SELECT task_id, COALESCE((SELECT target FROM attempts WHERE call = calls.key "  # noqa: S608
             "AND number = (SELECT MIN(number) FROM attempts WHERE call = calls.key)), target) "
-            "FROM calls WHERE alias = ? AND key >= ? AND task_id <> '' ORDER BY key"
+            f"FROM {CALLS} WHERE alias = ? AND key >= ? AND task_id <> '' ORDER BY key"
         )
         yield from ((row[0], row[1]) for row in self._database.query(sql, (alias, _key_at(since))))
 
