@@ -197,6 +197,7 @@ _DICTIONARY_2 = _DICTIONARY_1 + (
     b'"choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
     b'"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":1}}\n\ndata: [DONE]\n\n'
 )
+DICTIONARIES = _DICTIONARY_1, _DICTIONARY_2
 _WINDOW = 32 << 10
 """How far back deflate finds what is repeated."""
 _ID_BYTES = 6
