@@ -19,7 +19,7 @@ from understudy.traffic.rows import CALLS
 from understudy.traffic.store import Store, open_store
 
 
-def inside(store: Store) -> Database:
+def tables(store: Store) -> Database:
     """The tables, which no caller may see."""
     return store._database  # pyright: ignore[reportPrivateUsage] - tests look at what is really kept
 
@@ -99,10 +99,10 @@ def test_texts_fill_bundles_and_one_by_one_does_as_well_as_at_once(
     for n, call in enumerate(calls[:100]):
         store.insert([call], "s", n + 1)
     store.insert(calls[100:], "s", 1000)
-    rows = inside(store).query("SELECT first, last, leaves FROM bundles ORDER BY first")
+    rows = tables(store).query("SELECT first, last, leaves FROM bundles ORDER BY first")
     assert len(rows) >= 2
     assert all(after[0] > before[1] for before, after in pairwise(rows))
-    loose = [row[0] for row in inside(store).query("SELECT id FROM blobs ORDER BY id")]
+    loose = [row[0] for row in tables(store).query("SELECT id FROM blobs ORDER BY id")]
     assert all(blob > rows[-1][1] for blob in loose)
     assert store.counts().blobs == 401  # a frame for all, and of each call its message and its answer
     found = {c.call.key: (c.call.request, c.call.response) for c in store.calls(texts=True)}
@@ -114,7 +114,7 @@ def test_what_is_forgotten_is_taken_out_of_its_bundle(store: Store, make_call: C
     store.insert(calls, "s", 1)
     assert store.forget(calls[70].at) == 70
     store.sweep(limit=50)
-    bound = inside(store).query("SELECT first, data FROM bundles ORDER BY first")
+    bound = tables(store).query("SELECT first, data FROM bundles ORDER BY first")
     left = b"".join(leaf.laid for first, data in bound for leaf in unbind(first, bytes(data)))
     assert not any(call.request[60:90] in left for call in calls[:70])
     assert {c.call.request for c in store.calls(texts=True)} == {c.request for c in calls[70:]}
@@ -154,15 +154,15 @@ def test_a_store_with_loose_texts_of_an_older_version_goes_on(
     with open_store("sqlite:///new.db", tmp_path) as store:
         store.insert(calls[:40], "s", 1)
         old = open_database(store_url, tmp_path)
-        copied_as_before(inside(store), old)
+        copied_as_before(tables(store), old)
         old.close()
     with open_store(store_url, tmp_path) as store:
         loose = "SELECT COUNT(*) FROM blobs WHERE id <= ?"
-        before = inside(store).query("SELECT COUNT(*) FROM blobs")[0][0]
+        before = tables(store).query("SELECT COUNT(*) FROM blobs")[0][0]
         store.insert(calls[40:], "s", 2)
-        assert inside(store).query(loose, (before,))[0][0] == before == 81
+        assert tables(store).query(loose, (before,))[0][0] == before == 81
         assert [c.call.request for c in store.calls(texts=True)] == [c.request for c in calls]
         assert store.forget(calls[60].at) == 60
         store.sweep()
         assert [c.call.request for c in store.calls(texts=True)] == [c.request for c in calls[60:]]
-        assert inside(store).query(loose, (before,))[0][0] == 1  # the frame, which all share
+        assert tables(store).query(loose, (before,))[0][0] == 1  # the frame, which all share

@@ -28,7 +28,7 @@ from understudy.traffic.store import Store, open_store
 MakeCall = Callable[..., Call]
 
 
-def inside(store: Store) -> Database:
+def tables(store: Store) -> Database:
     """The tables, which no caller may see."""
     return store._database  # pyright: ignore[reportPrivateUsage] - tests look at what is really kept
 
@@ -119,7 +119,7 @@ def test_an_image_is_kept_once_whatever_is_asked_of_it(store: Store, make_call: 
     ]
     inside = [body(f"question {n} " + image) for n in range(3)]
     store.insert([make_call(request=r, response=b"") for r in [*requests, *inside]], "s", 1)
-    stored = sum(len(bytes(row[0])) for row in inside(store).query("SELECT data FROM blobs"))
+    stored = sum(len(bytes(row[0])) for row in tables(store).query("SELECT data FROM blobs"))
     assert stored < 2.5 * len(image)  # once as it is and once as JSON has it
     assert [c.call.request for c in store.calls(texts=True)] == [*requests, *inside]
 
@@ -137,7 +137,7 @@ def test_what_was_shown_or_heard_is_kept_once_and_comes_back_to_train_on(
         make_call(request=msgspec.json.encode({"messages": [{"role": "user", "content": a}]})) for a in asked
     ]
     store.insert(calls, "s", 1)
-    stored = sum(len(bytes(row[0])) for row in inside(store).query("SELECT data FROM blobs"))
+    stored = sum(len(bytes(row[0])) for row in tables(store).query("SELECT data FROM blobs"))
     assert stored < 1.5 * len(data)
     chats = sample.chats(list(sample.exchanges(store, None)))
     assert [chat[0]["content"] for chat in chats] == asked
@@ -278,7 +278,7 @@ def test_keys_are_shown_once_and_end(store: Store) -> None:
     assert store.lookup_key(made.secret + "x") is None
     assert store.lookup_key("us-nobody-secret") is None
     assert store.lookup_key("") is None
-    kept = inside(store).query("SELECT * FROM keys")
+    kept = tables(store).query("SELECT * FROM keys")
     assert made.secret not in str(kept)
     assert made.secret.split("-", 2)[2] not in str(kept)
     assert store.revoke_key(made.key.id)
@@ -299,13 +299,13 @@ def test_a_store_of_every_older_version_is_brought_up_to_date(tmp_path: Path, ma
         )
         old.close()
         with open_store(f"sqlite:///{path}", tmp_path) as store:
-            assert schema_version(inside(store)) == len(HISTORY)
+            assert schema_version(tables(store)) == len(HISTORY)
             store.insert([make_call()], "s", 1)
             assert [c.call.alias for c in store.calls(texts=True)] == ["old", "assistant"]
 
 
 def test_a_newer_store_is_refused(store: Store, store_url: str, tmp_path: Path) -> None:
-    inside(store).execute("INSERT INTO schema_history VALUES (?, 'm999', 0.0)", (len(HISTORY) + 1,))
+    tables(store).execute("INSERT INTO schema_history VALUES (?, 'm999', 0.0)", (len(HISTORY) + 1,))
     with pytest.raises(StoreError, match="newer Understudy"):
         open_store(store_url, tmp_path)
 
@@ -348,8 +348,8 @@ def test_an_unreachable_server_is_named_without_its_password(tmp_path: Path) -> 
 def test_a_full_disk_is_said_and_nothing_is_half_there(tmp_path: Path, make_call: MakeCall) -> None:
     with open_store("sqlite:///small.db", tmp_path) as store:
         store.insert([make_call()], "s", 1)
-        pages = inside(store).query("PRAGMA page_count")[0][0]
-        inside(store).execute(f"PRAGMA max_page_count = {pages + 2}")
+        pages = tables(store).query("PRAGMA page_count")[0][0]
+        tables(store).execute(f"PRAGMA max_page_count = {pages + 2}")
         with pytest.raises(StoreError, match="full"):
             store.insert([make_call(prompt="".join(new_key() for _ in range(4000)))], "s", 2)
         assert (store.counts().calls, store.reached("s")) == (1, 1)
@@ -383,7 +383,7 @@ def test_an_answer_that_comes_back_is_not_stored_twice(
     )
     for number, records in enumerate([[first, second]] if batches == 1 else [[first], [second]]):
         store.insert(records, f"s{number}", 1)
-    codecs = [bytes(row[0])[:1] for row in inside(store).query("SELECT data FROM blobs")]
+    codecs = [bytes(row[0])[:1] for row in tables(store).query("SELECT data FROM blobs")]
     assert codecs.count(codec) == 1  # compressed against the answer
     for call in (first, second):
         kept = store.call(call.key)
@@ -456,7 +456,7 @@ def test_an_attempt_that_went_as_the_call_did_needs_no_row(store: Store, make_ca
     plain = make_call(at=0.0, total_s=1.0, attempts=[attempt(started=0.0004, ended=1.0004)])
     calls = [make_call(at=0.0, total_s=1.0, attempts=attempts) for attempts in odd]
     store.insert([plain, *calls], "s", 1)
-    assert inside(store).query("SELECT COUNT(*) FROM attempts")[0][0] == 6
+    assert tables(store).query("SELECT COUNT(*) FROM attempts")[0][0] == 6
     assert store.counts().attempts == 7
     for call, attempts in zip([plain, *calls], ([attempt()], *odd), strict=True):
         kept = store.call(call.key)
@@ -480,22 +480,22 @@ def test_what_calls_have_in_common_is_taken_out_of_an_older_store(
             calls, "s", 1, price=lambda call: Cost(0.5, "2026-01-01", "list") if call.stream else None
         )
         kept, dealt = list(store.calls()), list(store.dealt("assistant", 0.0))
-        table = inside(store).query(f"SELECT {CALL_COLUMNS} FROM {CALLS} ORDER BY key")
+        table = tables(store).query(f"SELECT {CALL_COLUMNS} FROM {CALLS} ORDER BY key")
         sql = f"INSERT INTO attempts ({ATTEMPT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        attempts = inside(store).query(f"SELECT {ATTEMPT_COLUMNS} FROM attempts")
-        for name in sorted(inside(store).tables()):
-            inside(store).execute(f"DROP TABLE {name}")
-        migrate(inside(store), upto=before)
+        attempts = tables(store).query(f"SELECT {ATTEMPT_COLUMNS} FROM attempts")
+        for name in sorted(tables(store).tables()):
+            tables(store).execute(f"DROP TABLE {name}")
+        migrate(tables(store), upto=before)
         marks = ", ".join("?" * len(table[0]))
-        inside(store).many(f"INSERT INTO calls ({CALL_COLUMNS}) VALUES ({marks})", table)
-        inside(store).many(sql, attempts)
+        tables(store).many(f"INSERT INTO calls ({CALL_COLUMNS}) VALUES ({marks})", table)
+        tables(store).many(sql, attempts)
     with open_store(store_url, tmp_path) as store:
         assert list(store.calls()) == kept
         assert [c.shape.parameters is None for c in store.calls()] == [False, False, False, True]
-        assert inside(store).query("SELECT COUNT(*) FROM kinds")[0][0] == 4
+        assert tables(store).query("SELECT COUNT(*) FROM kinds")[0][0] == 4
         assert [c.call.target for c in store.calls(target="openai/other")] == ["openai/other"]
         assert [m.target for m in store.models()] == [calls[0].target]
         assert list(store.dealt("assistant", 0.0)) == dealt == [("t-1", "openai/other")]
         store.insert([make_call()], "s", 2)
-        assert inside(store).query("SELECT COUNT(*) FROM kinds")[0][0] == 4
-        assert "calls_before" not in inside(store).tables()
+        assert tables(store).query("SELECT COUNT(*) FROM kinds")[0][0] == 4
+        assert "calls_before" not in tables(store).tables()
