@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -224,7 +224,7 @@ def serve_relay(upstream_port: int, pipe: Connection) -> None:
 
 
 @contextmanager
-def bare_relay(upstream_port: int) -> Iterator[Running]:
+def bare_relay(upstream_port: int) -> Generator[Running]:
     """The relay in a process of its own."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=serve_relay, args=(upstream_port, theirs), daemon=True)
@@ -242,7 +242,7 @@ class Load(NamedTuple):
     port: int
     kind: str
     """json, stream (one write) or paced (an event every two milliseconds)."""
-    count: int
+    calls: int
     connections: int
     rate: float
     """Requests per second; 0: as fast as they are answered."""
@@ -295,9 +295,9 @@ async def drive(load: Load) -> list[float]:
         nonlocal sent
         latencies.append(seconds)
         client.due = 0.0
-        if len(latencies) == load.count:
+        if len(latencies) == load.calls:
             finished.set_result(None)
-        elif load.rate == 0 and sent < load.count:
+        elif load.rate == 0 and sent < load.calls:
             sent += 1
             client.send(time.perf_counter())
         elif due:
@@ -314,7 +314,7 @@ async def drive(load: Load) -> list[float]:
             client.send(time.perf_counter())
     else:
         begun = time.perf_counter()
-        for number in range(load.count):
+        for number in range(load.calls):
             moment = begun + number / load.rate
             await asyncio.sleep(max(0.0, moment - time.perf_counter()))
             if idle:
@@ -349,7 +349,7 @@ def indexer_of(pid: int) -> int:
 
 
 @contextmanager
-def gateway(folder: Path, upstream_port: int, record: str) -> Iterator[Running]:
+def gateway(folder: Path, upstream_port: int, record: str) -> Generator[Running]:
     """`understudy up` in a folder of its own, with a key."""
     folder.mkdir()
     (folder / "understudy.toml").write_text(CONFIG.format(port=upstream_port, record=record))
@@ -371,7 +371,7 @@ def gateway(folder: Path, upstream_port: int, record: str) -> Iterator[Running]:
 
 
 @contextmanager
-def litellm(peers: Path, folder: Path, upstream_port: int) -> Iterator[Running]:
+def litellm(peers: Path, folder: Path, upstream_port: int) -> Generator[Running]:
     """LiteLLM's proxy, one worker. Raises OSError where it is missing or ends, TimeoutError for silence."""
     folder.mkdir()
     (folder / "config.yaml").write_text(LITELLM.format(port=upstream_port))
@@ -428,7 +428,7 @@ class Bench:
         load = Load(running.port, kind, count // 5, connections, 0, running.secret)
         self.run(load)
         before = cpu_s(running.pid)
-        self.run(load._replace(count=count))
+        self.run(load._replace(calls=count))
         return (cpu_s(running.pid) - before) / count * 1e6
 
     def quantiles_ms(self, load: Load) -> tuple[float, float]:
@@ -530,14 +530,14 @@ def memory_lines(bench: Bench, folder: Path, count: int) -> list[str]:
         bench.run(load)
         before = rss_mib(running.pid)
         begun = time.perf_counter()
-        bench.run(load._replace(count=count))
+        bench.run(load._replace(calls=count))
         rate = count / (time.perf_counter() - begun)
         after, indexer = rss_mib(running.pid), indexer_of(running.pid)
         spent, size = cpu_s(indexer), rss_mib(indexer)
         with open_store("sqlite:///understudy.db", folder / "memory") as store:
             behind = Indexer(folder / "memory" / "segments", store).lag_bytes / 2**20
     return [
-        f"RSS {before:.1f} MiB after 5,000 requests, {after:.1f} MiB after {count:,} more "
+        f"RSS {before:.1f} MiB after 5,000 requests, {after:.1f} MiB after {count:,} more (budget: 10 MiB) "
         f"({rate:,.0f} requests/s on this machine). The indexer beside it has {size:.1f} MiB, spent "
         f"{spent:.1f} CPU-s and is {behind:,.0f} MiB of segments behind at the end.",
     ]
@@ -556,7 +556,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parts = [
-            ["CPU-µs of the gateway process per request, a key checked:"],
+            [
+                "CPU-µs of the gateway process per request, a key checked (budget of buffered recording: 100 "
+                "for JSON, 200 a stream; LiteLLM at least 100 times that, TensorZero more):"
+            ],
             cpu_table(bench, folder, options.count, options.peers),
             [load_line(bench, 20_000)],
             ["Latency the gateway adds (JSON, buffered recording), open loop, from when a call was due:"],

@@ -4,7 +4,8 @@ Texts are drawn from a vocabulary whose words fall off as in any language (Zipf)
 as prose does; how far is printed, because a store of well compressible texts is easily small. New text is
 what nobody had said before: the user's new message and the answer, without JSON, headers or ids.
 
-`--kills N` sets how often `understudy up` is killed with SIGKILL at a random moment under load in each mode.
+`--kills N` sets how often the gateway is killed with SIGKILL at a random moment under load in strict mode
+(the default fits an ordinary run; 1,000 take about ten minutes), a quarter as often in buffered mode.
 In strict mode the bench fails when an acknowledged call is missing, doubled or damaged; in buffered mode it
 counts what was lost. It ignores what the gateway costs before the answer (gateway.py).
 """
@@ -211,7 +212,8 @@ def stored(folder: Path, make: Callable[[Words, int], Iterator[Made]], count: in
 
 def storage_table(folder: Path, count: int) -> list[str]:
     rows = [
-        "| calls | indexed per CPU-second | bytes of new text | stored per byte of it | deflated alone |",
+        "| calls | indexed per CPU-second (wanted: 5,000 single turns) | bytes of new text | "
+        "stored per byte of it (at most 1.2) | deflated alone |",
         "| --- | --- | --- | --- | --- |",
     ]
     for number, (name, make) in enumerate(KINDS.items()):
@@ -384,16 +386,17 @@ def kill_table(folder: Path, kills: int, seed: int) -> list[str]:
     ]
     upstream = Bench()
     for record in ("strict", "buffered"):
-        print(f"kill -9 {kills} times, record = {record} …", file=sys.stderr, flush=True)
+        print(f"kill -9 up to {kills} times, record = {record} …", file=sys.stderr, flush=True)
         place, chance = folder / record, random.Random(seed)
         place.mkdir()
         config = parse(KILL_CONFIG.format(record=record, port=upstream.upstream_port), "bench", place)
-        for _ in range(kills):
+        times = kills if record == "strict" else max(1, kills // 4)
+        for _ in range(times):
             kill_once(config, place / "acknowledged", chance)
         found = aftermath(config, place / "acknowledged")
         if record == "strict" and (found.missing or found.doubled or found.damaged):
             raise SystemExit(f"strict mode lost or damaged records: {found}")
-        rows.append(f"| {record} | {kills:,} | " + " | ".join(f"{count:,}" for count in found) + " |")
+        rows.append(f"| {record} | {times:,} | " + " | ".join(f"{count:,}" for count in found) + " |")
     return rows
 
 
@@ -440,7 +443,7 @@ def main() -> None:
     )
     parser.add_argument("--calls", type=int, default=10_000, help="calls of each kind")
     parser.add_argument("--streams", type=int, default=10_000, help="fuzzed streams through the gateway")
-    parser.add_argument("--kills", type=int, default=1000, help="kills in each mode")
+    parser.add_argument("--kills", type=int, default=200, help="kills in strict mode")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6)
     with tempfile.TemporaryDirectory() as name:

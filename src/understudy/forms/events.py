@@ -15,6 +15,9 @@ import msgspec
 from understudy.forms.fault import Unreadable
 from understudy.protocol import Json
 
+_DATA = b"data: "
+_decode = msgspec.json.Decoder(dict).decode
+_encode = msgspec.json.Encoder().encode
 DONE = b"[DONE]"
 """What ends a stream of chat completion chunks."""
 LONGEST = 64 << 20
@@ -33,6 +36,10 @@ class EventReader:
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """The data of the events that ``piece`` completes. Raises Unreadable for one without end."""
+        alone = self._alone(piece)
+        if alone is not None:
+            yield alone
+            return
         if b"\n" not in piece and b"\r" not in piece:
             self._hold(piece)
             return
@@ -52,6 +59,14 @@ class EventReader:
         """The event that the end of the stream completes, if any: not every vendor ends with a blank line."""
         yield from self.feed(b"\n\n")
 
+    def _alone(self, piece: bytes) -> bytes | None:
+        """The data of a piece that is one event with one line of it: nearly every token comes so."""
+        if self._pieces or self._data or not piece.endswith(b"\n\n") or b"\r" in piece:
+            return None
+        *name, data = piece[:-2].split(b"\n")
+        usual = not name or (len(name) == 1 and name[0].startswith(b"event:"))
+        return data[len(_DATA) :] if usual and data.startswith(_DATA) else None
+
     def _hold(self, piece: bytes) -> None:
         self._pieces.append(piece)
         self._held += len(piece)
@@ -69,16 +84,16 @@ class EventReader:
 def read_object(raw: bytes) -> Json:
     """The JSON object that somebody sent. Raises Unreadable."""
     try:
-        return msgspec.json.decode(raw, type=dict)
+        return _decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Unreadable(f"not a JSON object: {error}") from error
 
 
 def data_event(data: Json) -> bytes:
     """An event without a name."""
-    return b"data: %b\n\n" % msgspec.json.encode(data)
+    return b"data: %b\n\n" % _encode(data)
 
 
 def named_event(data: Json) -> bytes:
     """An event whose name is its data's ``type``."""
-    return b"event: %b\ndata: %b\n\n" % (str(data["type"]).encode(), msgspec.json.encode(data))
+    return b"event: %b\ndata: %b\n\n" % (str(data["type"]).encode(), _encode(data))

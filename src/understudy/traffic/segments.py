@@ -24,7 +24,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, cast
 
@@ -105,7 +105,7 @@ class SegmentWriter:
         self._closing = False
         self._closed = False
         self._synced = 0
-        self._waiters: list[_Done] = []
+        self._waiters: list[_Waiter] = []
         self._retired: list[_Segment] = []
         self._next_probe = 0.0
         self._segment = _create(folder)
@@ -138,13 +138,8 @@ class SegmentWriter:
 
         The future carries StoreError when the disk said otherwise.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-
-        def done(error: StoreError | None) -> None:
-            loop.call_soon_threadsafe(_settle, future, error)
-
-        self._ask(done)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ask(future)
         return future
 
     def sync(self) -> None:
@@ -198,12 +193,13 @@ class SegmentWriter:
         self._segment = following
         return True
 
-    def _ask(self, done: _Done) -> None:
+    def _ask(self, waiter: _Waiter) -> None:
         with self._lock:
             if self._closed:
                 raise StoreError("the record log is closed")
-            self._waiters.append(done)
-        self._wake.set()
+            self._waiters.append(waiter)
+        if not self._wake.is_set():  # who waits already wakes the thread for all
+            self._wake.set()
 
     def _run(self) -> None:
         while not self._closing:
@@ -233,8 +229,7 @@ class SegmentWriter:
             error = StoreError(f"the record log cannot be synced: {failure.strerror}: {segment.path}")
         for old in retired:
             old.close()
-        for done in waiters:
-            done(error)
+        _tell(waiters, error)
 
     def _probe(self) -> None:
         """Under "refuse" nothing is appended while the disk is full: find out here when it no longer is."""
@@ -250,16 +245,30 @@ class SegmentWriter:
                 probe.unlink(missing_ok=True)
 
 
-_Done = Callable[[StoreError | None], None]
+_Waiter = Callable[[StoreError | None], None] | asyncio.Future[None]
+"""A function that is told, or a future of some loop."""
 
 
-def _settle(future: asyncio.Future[None], error: StoreError | None) -> None:
-    if future.done():
-        return
-    if error:
-        future.set_exception(error)
-    else:
-        future.set_result(None)
+def _tell(waiters: Sequence[_Waiter], error: StoreError | None) -> None:
+    """Tell all who wait; a loop is woken once for all its futures, as its waking costs more than they do."""
+    futures: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for waiter in waiters:
+        if isinstance(waiter, asyncio.Future):
+            futures.setdefault(waiter.get_loop(), []).append(waiter)
+        else:
+            waiter(error)
+    for loop, waiting in futures.items():
+        loop.call_soon_threadsafe(_settle, waiting, error)
+
+
+def _settle(futures: Sequence[asyncio.Future[None]], error: StoreError | None) -> None:
+    for future in futures:
+        if future.done():
+            continue
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
 
 
 class _Segment:
