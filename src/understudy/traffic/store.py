@@ -311,7 +311,7 @@ class Store:
     def some(self, keys: Sequence[str], *, texts: bool = False) -> Iterator[StoredCall]:
         """The calls with these keys, in the order of their keys, that are there."""
         for part in chunks(sorted(keys)):
-            sql = f"SELECT {CALL_COLUMNS} FROM calls WHERE key IN ({marks(part)}) ORDER BY key"  # noqa: S608
+            sql = f"SELECT {CALL_COLUMNS} FROM {CALLS} WHERE key IN ({marks(part)}) ORDER BY key"  # noqa: S608
             if found := self._database.query(sql, part):
                 yield from self._page(found, texts, None)
 
