@@ -42,7 +42,8 @@ QUESTIONS = (
     Question("one call", "select * from calls where key = :key", walks=False),
     Question(
         "planning: the shape of every call of an alias",
-        "select at, prompt_tokens, completion_tokens, modalities, features from calls where alias = :alias",
+        "select at, prompt_tokens, completion_tokens, modalities, features from calls "
+        "left join kinds on kinds.id = calls.kind where alias = :alias",
         walks=True,
     ),
     Question("a sum over every call", "select sum(cost_usd), sum(prompt_tokens) from calls", walks=True),
@@ -53,11 +54,15 @@ def copied(source: Path, target: Path, calls: int) -> sqlite3.Connection:
     """A store of the first ``calls`` calls."""
     store = sqlite3.connect(target)
     store.execute("attach database ? as old", (f"file:{source}?mode=ro&immutable=1",))
-    described = "select type, sql from old.sqlite_master where tbl_name = 'calls' and sql is not null"
+    described = (
+        "select type, sql from old.sqlite_master where tbl_name in ('calls', 'kinds') and sql is not null"
+    )
     statements = sorted(store.execute(described).fetchall(), key=lambda kind: kind[0] != "table")
-    store.execute(statements[0][1])
+    for _, table in [kind for kind in statements if kind[0] == "table"]:
+        store.execute(table)
+    store.execute("insert into kinds select * from old.kinds")
     store.execute("insert into calls select * from old.calls order by key limit ?", (calls,))
-    for _, sql in statements[1:]:
+    for _, sql in [kind for kind in statements if kind[0] != "table"]:
         store.execute(sql)
     store.commit()
     return store
