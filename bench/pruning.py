@@ -34,8 +34,9 @@ import torch
 from understudy.compress import checkpoint, corpus
 from understudy.compress import plan as plans
 from understudy.compress.allocation import allocate, curves
-from understudy.compress.corpus import Batch, Document
+from understudy.compress.corpus import Batch
 from understudy.compress.decoder import Extras, Shape, extras_of, parameters, shape_of
+from understudy.compress.document import Document
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.prune import Method, prune
 from understudy.compress.search import Trial, Tryout
@@ -245,9 +246,9 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import torch
-from understudy.compress import corpus
+from understudy.compress.document import Document
 from understudy.compress.single import PruneJob, Sizes, prune_only
-text = [corpus.Document([3 + (7 * i) % 900 for i in range(n, n + 128)], [False] * 128) for n in range(4)]
+text = [Document([3 + (7 * i) % 900 for i in range(n, n + 128)], [False] * 128) for n in range(4)]
 sizes = Sizes(ffn=int(sys.argv[3]))
 prune_only(PruneJob(sys.argv[1], Path(sys.argv[2]), sizes, None, lambda _: text, 512), print)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from understudy.compress.corpus import Document, Row, collate
+from understudy.compress.corpus import Row, collate
+from understudy.compress.document import Document
 from understudy.compress.losses import Side, logit_blocks
 from understudy.compress.targets import Told
 from understudy.compress.teacher import LiveTeacher

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from understudy.compress.align import Guess, Piece, guesses, numbers_of, told_of
-from understudy.compress.corpus import Chat, Document
+from understudy.compress.document import Chat, Document
 from understudy.compress.progress import Progress, silent
 from understudy.compress.targets import Told
 from understudy.endpoint import Endpoint

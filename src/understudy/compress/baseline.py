@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from understudy.compress.corpus import Chat, Document, batches, encode_chat, pack, row_length
+from understudy.compress.corpus import batches, encode_chat, pack, row_length
+from understudy.compress.document import Chat, Document
 from understudy.compress.fidelity import final_hidden, side_of
 from understudy.compress.losses import Side, nll_rows
 from understudy.protocol import text_of

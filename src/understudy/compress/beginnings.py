@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from understudy.compress.corpus import Document
+    from understudy.compress.document import Document
 
 LEAST_SHARED = 16
 """Tokens in common below which laying out together is not worth its mask."""

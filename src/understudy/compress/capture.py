@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from understudy.compress.corpus import Document, Row, collate, windows
+from understudy.compress.corpus import Row, collate, windows
+from understudy.compress.document import Document
 from understudy.compress.losses import Side, logit_blocks
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.progress import Progress, silent

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from understudy.compress.beginnings import bundles, distinct_tokens
+from understudy.compress.document import Chat, Document, Shown
+from understudy.compress.media import encode as encode_shown
 from understudy.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,34 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from understudy.compress.media import Media
-
 LEAST_SAVED = 0.05
 """Share of tokens that shared beginnings must save for rows to be made longer for them."""
-Chat = list[dict[str, Any]]
-"""OpenAI messages, the last one by the assistant."""
-
-
-class Document(NamedTuple):
-    """One chat or text."""
-
-    tokens: list[int]
-    answer: list[bool]
-    """Whether each token is one the model is to write: the assistant's, of messages with a weight."""
-    start: int = 0
-    """Position of the first token."""
-    after: int = -1
-    """In a row: the number of the document whose tokens before ``start`` stand in front of this one."""
-    media: Media | None = None
-    """Its pictures or sound, whose placeholders are among the tokens; it then has a row of its own."""
-
-    def upto(self, count: int) -> Document:
-        """The first tokens."""
-        return Document(self.tokens[:count], self.answer[:count])
-
-    def since(self, start: int) -> Document:
-        """What follows, as a continuation of document 0."""
-        return Document(self.tokens[start:], self.answer[start:], start, 0)
 
 
 class Row(NamedTuple):
@@ -62,7 +38,7 @@ class Row(NamedTuple):
         return sum(len(d.tokens) for d in self.documents)
 
     @property
-    def media(self) -> Media | None:
+    def media(self) -> Shown | None:
         return self.documents[0].media if self.documents else None
 
     @property
@@ -89,7 +65,7 @@ class Batch(NamedTuple):
     """int64: number of the document within the batch; −1 on padding."""
     sight: Tensor | None
     """bool, (rows, 1, length, length): what each token sees; None where documents see only themselves."""
-    media: tuple[Media | None, ...] = ()
+    media: tuple[Shown | None, ...] = ()
     """Of each row."""
 
     def to(self, device: torch.device) -> Batch:
@@ -120,9 +96,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Document:
     Raises InputError when the tokenizer has no chat template.
     """
     if hasattr(tokenizer, "tokenizer"):
-        from understudy.compress.media import encode
-
-        return encode(tokenizer, chat)
+        return encode_shown(tokenizer, chat)
     if not tokenizer.chat_template:
         raise InputError(
             "the tokenizer has no chat template",

@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from understudy.compress.corpus import Chat
+from understudy.compress.document import Chat
 from understudy.protocol import text_of
 
 LEAST = 0.5

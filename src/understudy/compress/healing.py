@@ -17,9 +17,10 @@ from understudy.cluster import connect
 from understudy.compress import checkpoint, curve, distill, targets
 from understudy.compress.align import Pair, pairs_of
 from understudy.compress.capture import Captured, Part, capture, planned
-from understudy.compress.corpus import Document, shared_length, windows
+from understudy.compress.corpus import shared_length, windows
 from understudy.compress.curve import Curve
 from understudy.compress.decoder import head_weight
+from understudy.compress.document import Document
 from understudy.compress.fidelity import require_same_tokenizer
 from understudy.compress.processes import Processes, processes
 from understudy.compress.progress import Progress, silent

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from understudy.compress.corpus import Chat, Document
+from understudy.compress.document import Chat, Document, Shown
 from understudy.errors import InputError
 from understudy.processor import OF_TEXT, Part, opened, processed, rendered
 
@@ -49,7 +49,7 @@ class Media:
         return tensors
 
 
-def stacked(media: Sequence[Media | None], length: int) -> dict[str, Tensor]:
+def stacked(media: Sequence[Shown | None], length: int) -> dict[str, Tensor]:
     """Several documents' tensors as one call takes them, padded with zeros to the largest of each name.
 
     Zeros are what processors pad with: a picture that is not there, a token of no special type.

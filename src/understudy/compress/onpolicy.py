@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from understudy.compress.corpus import Document
+from understudy.compress.document import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

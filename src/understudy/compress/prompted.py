@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import msgspec
 
 from understudy.compress.align import UNKNOWN, Guess, told_of
-from understudy.compress.corpus import Document
+from understudy.compress.document import Document
 from understudy.compress.targets import Told
 from understudy.endpoint import Endpoint
 from understudy.errors import EndpointError, InputError, ModelError

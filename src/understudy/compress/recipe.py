@@ -25,9 +25,10 @@ from understudy.compress import checkpoint, distill
 from understudy.compress import plan as plans
 from understudy.compress.baseline import Baseline, bits_per_byte, measured
 from understudy.compress.card import model_card
-from understudy.compress.corpus import Chat, Document, encode_chat, encode_text, fingerprint, shuffled, take
+from understudy.compress.corpus import encode_chat, encode_text, fingerprint, shuffled, take
 from understudy.compress.curve import Check, Curve, Point, save_plot
 from understudy.compress.decoder import Extras, extras_of, shape_of
+from understudy.compress.document import Chat, Document
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.progress import Progress, silent

@@ -21,7 +21,6 @@ from understudy.compress.allocation import allocate, curves
 from understudy.compress.card import loads_in_vllm, model_card
 from understudy.compress.corpus import (
     Batch,
-    Document,
     batches,
     fingerprint,
     pack,
@@ -31,6 +30,7 @@ from understudy.compress.corpus import (
     windows,
 )
 from understudy.compress.decoder import Shape, extras_of, family_of, may_share, parameters, shape_of
+from understudy.compress.document import Document
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.journal import Journal
 from understudy.compress.pace import Speed, Track

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from understudy.compress.corpus import Document, Row
+from understudy.compress.corpus import Row
+from understudy.compress.document import Document
 from understudy.compress.signal import Sparse, joined
 from understudy.errors import ModelError
 
