@@ -360,9 +360,9 @@ def say(name: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calibration", type=int, default=48_000, help="tokens, at -26.5M")
+    parser.add_argument("--calibration", type=int, default=50_000, help="tokens, at -26.5M")
     parser.add_argument("--held-out", type=int, default=8_000, help="tokens")
-    parser.add_argument("--statistics", type=int, default=8_000, help="tokens, for the curve")
+    parser.add_argument("--statistics", type=int, default=16_000, help="tokens, for the curve")
     parser.add_argument("--probe", type=int, default=1_000, help="held-out tokens, for the curve")
     parser.add_argument("--axes", default="ffn,heads,kv_heads,hidden", help="ours, in the curve")
     parser.add_argument("--mix", action="store_true", help="search the best shape of each budget: minutes")

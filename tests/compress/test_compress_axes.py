@@ -146,9 +146,9 @@ def test_refitted_reader_is_the_float64_solution():
     gram.add(narrow, wide)
     found = refit_reader(weight, gram, keep, ridge=0.03)
     v, u, w = narrow.double(), wide.double(), weight.double()
-    strength = (0.03 * (v**2).sum(0).mean()).sqrt()
-    left = torch.cat([v, strength * torch.eye(5, dtype=torch.float64)])
-    right = torch.cat([u @ w.T, strength * w[:, keep].T])
+    strength = torch.diag((0.03 * (v**2).sum(0)).sqrt())
+    left = torch.cat([v, strength])
+    right = torch.cat([u @ w.T, strength @ w[:, keep].T])
     torch.testing.assert_close(
         found.double(), torch.linalg.lstsq(left, right).solution.T, rtol=1e-4, atol=1e-5
     )

@@ -14,11 +14,13 @@ from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import Gram, enter, observe
 from understudy.compress.decoder import extras_of, layers_of, shape_of
+from understudy.compress.elimination import choose_channels, leaving, ranking
 from understudy.compress.importance import (
     Gated,
     channel_scores,
     choose_heads,
     damage,
+    damping,
     head_columns,
     refit,
     reread,
@@ -88,11 +90,11 @@ def test_refit_is_the_float64_solution():
     x, weight = torch.randn(200, 12), torch.randn(5, 12)
     lag, keep = torch.randn(200, 5), [0, 2, 3, 7, 8, 11]
     found = refit(weight, gram_of(x, 5, lag), keep, ridge=0.03, pull=0.4)
-    # the same minimum as an ordinary least-squares problem: data rows, then the ridge as √λ-weighted rows
+    # the same minimum as an ordinary least-squares problem: data rows, then the ridge as √Λ-weighted rows
     x64, w64 = x.double(), weight.double()
-    strength = (0.03 * (x64[:, keep] ** 2).sum(0).mean()).sqrt()
-    left = torch.cat([x64[:, keep], strength * torch.eye(6, dtype=torch.float64)])
-    right = torch.cat([x64 @ w64.T + 0.4 * lag.double(), strength * w64[:, keep].T])
+    strength = torch.diag((0.03 * (x64[:, keep] ** 2).sum(0)).sqrt())
+    left = torch.cat([x64[:, keep], strength])
+    right = torch.cat([x64 @ w64.T + 0.4 * lag.double(), strength @ w64[:, keep].T])
     wanted = torch.linalg.lstsq(left, right).solution.T
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -102,9 +104,9 @@ def test_reread_is_the_float64_solution():
     x, drift, weight = torch.randn(200, 6), 0.2 * torch.randn(200, 6), torch.randn(4, 6)
     found = reread(weight, gram_of(x, 6, drift), ridge=0.03, pull=0.4)
     x64, w64 = x.double(), weight.double()
-    strength = (0.03 * (x64**2).sum(0).mean()).sqrt()
-    left = torch.cat([x64, strength * torch.eye(6, dtype=torch.float64)])
-    right = torch.cat([(x64 + 0.4 * drift.double()) @ w64.T, strength * w64.T])
+    strength = torch.diag((0.03 * (x64**2).sum(0)).sqrt())
+    left = torch.cat([x64, strength])
+    right = torch.cat([(x64 + 0.4 * drift.double()) @ w64.T, strength @ w64.T])
     wanted = torch.linalg.lstsq(left, right).solution.T
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -227,6 +229,52 @@ def test_scores_by_hand():
 
 def test_top_prefers_the_lower_index_on_a_tie():
     assert top(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3) == [0, 1, 3]
+
+
+def test_elimination_is_the_least_loss_of_every_channel_tried():
+    torch.manual_seed(6)
+    gram = gram_of(torch.randn(60, 9) @ torch.randn(9, 9), 4, torch.randn(60, 4))
+    weight, ridge, pull = torch.randn(4, 9), 0.03, 0.4
+    second, lag = gram.second.double(), gram.lag.double()
+    strength = torch.diag(damping(second.diagonal(), ridge))
+    free = torch.linalg.solve(second + strength, (second + strength) @ weight.double().T + pull * lag)
+
+    def loss(gone: list[int]) -> float:
+        """Above the least of the same objective with all channels, which is reached at ``free``."""
+        keep = [c for c in range(9) if c not in gone]
+        error = -free
+        error[keep] += refit(weight.double(), gram, keep, ridge=ridge, pull=pull).T
+        return float((error * ((second + strength) @ error)).sum())
+
+    order = leaving(weight, gram, 5, ridge=ridge, pull=pull)
+    for count in range(5):
+        others = [c for c in range(9) if c not in order[:count]]
+        assert order[count] == min(others, key=lambda c: loss([*order[:count], c]))
+
+
+def test_a_massive_channel_does_not_hinder_the_others_refit():
+    torch.manual_seed(7)
+    x = torch.randn(400, 1).expand(-1, 2).clone()
+    massive = torch.zeros(400, 1)
+    massive[0] = 5_000
+    gram = gram_of(torch.cat([x, massive], 1), 1)
+    found = refit(torch.tensor([[2.0, 3.0, 1.0]]), gram, [0, 2])
+    torch.testing.assert_close(found, torch.tensor([[5.0, 1.0]]), rtol=0.02, atol=0)
+
+
+def test_too_many_channels_to_eliminate_are_scored(monkeypatch):
+    torch.manual_seed(8)
+    gram, down = gram_of(torch.randn(50, 6), 3), torch.randn(3, 6)
+    block = Gated(torch.randn(6, 3), torch.randn(6, 3), down)
+    monkeypatch.setattr("understudy.compress.elimination.LARGEST", 5)
+    assert choose_channels("obs", block, gram, 4) == top(channel_scores("output", block, gram), 4)
+    assert sorted(ranking(block, gram)[2:]) == top(channel_scores("output", block, gram), 4)
+
+
+def test_gram_in_blocks_is_the_gram_at_once():
+    torch.manual_seed(9)
+    x = torch.randn(30, 300)
+    torch.testing.assert_close(gram_of(x, 1).second, x.T @ x, rtol=1e-4, atol=1e-4)
 
 
 def test_heads_are_those_of_least_damage():

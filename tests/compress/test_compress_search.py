@@ -13,8 +13,9 @@ from understudy.compress import checkpoint, corpus
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import enter, feed_forward_of, observe
 from understudy.compress.decoder import extras_of, layers_of, parameters, shape_of, states_of
+from understudy.compress.elimination import choose_channels
 from understudy.compress.fidelity import divergence, side_of
-from understudy.compress.importance import Gated, channel_scores, head_columns, refit, top
+from understudy.compress.importance import Gated, head_columns, refit
 from understudy.compress.prune import cut_channels
 from understudy.compress.search import Budget, cheapest
 from understudy.compress.single import Sizes, decided
@@ -97,7 +98,7 @@ def test_a_trial_is_the_model_cut_by_hand(make, text):
         stream.advance(old.attention, index)
         gram = observe(old.down, stream, feed_forward_of(old), index)
         block = Gated(old.gate.weight, old.up.weight, old.down.weight)
-        kept = top(channel_scores("output", block, gram), found.shape.ffn)
+        kept = choose_channels("obs", block, gram, found.shape.ffn)
         cut_channels(new, kept, refit(old.down.weight, gram, kept))
         stream.advance(feed_forward_of(old), index)
     sides = [side_of(m, states_of(m, text[-1])[text[-1].predicts]) for m in (model, student)]

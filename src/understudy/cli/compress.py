@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from understudy.compress.importance import Score
     from understudy.config import Config, Own
 
-SCORES = ("output", "magnitude", "wanda-sp", "minitron", "flap", "taylor")
+SCORES = ("obs", "output", "magnitude", "wanda-sp", "minitron", "flap", "taylor")
 
 
 @click.command()
@@ -42,9 +42,7 @@ SCORES = ("output", "magnitude", "wanda-sp", "minitron", "flap", "taylor")
 @click.option("--layers", default=0, help="Decoder layers.")
 @click.option("--cross-layers", default=0, help="Those of them that read pictures by cross-attention.")
 @click.option("--cross-heads", default=0, help="Query heads of these, whole KV groups.")
-@click.option(
-    "--score", type=click.Choice(SCORES), default="output", show_default=True, help="Of FFN channels."
-)
+@click.option("--score", type=click.Choice(SCORES), default="obs", show_default=True, help="Of FFN channels.")
 @click.option("--experts", default=0, help="Experts per layer: a mixture stays one.  [default: made dense]")
 @click.option(
     "--shape",

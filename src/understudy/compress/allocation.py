@@ -20,8 +20,9 @@ from understudy.compress.calibrate import Gram, Stream, enter, feed_forward_of, 
 from understudy.compress.corpus import Batch
 from understudy.compress.decoder import Layer, body, layers_of
 from understudy.compress.depth import advance, first_batches
+from understudy.compress.elimination import ranking
 from understudy.compress.fidelity import divergence, side_of
-from understudy.compress.importance import Gated, channel_scores, damage, refit, top
+from understudy.compress.importance import Gated, damage, refit
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import cut_channels
 from understudy.errors import InputError
@@ -66,8 +67,8 @@ def _curve(layer: Layer, index: int, stream: Stream, probe: _Probe) -> Curve:
 def _order(layer: Layer, gram: Gram) -> list[list[int]]:
     """The channels kept at each eighth; every set holds the smaller ones."""
     block = Gated(layer.gate.weight, layer.up.weight, layer.down.weight)
-    scores = channel_scores("output", block, gram)
-    return [top(scores, len(scores) * step // STEPS) for step in range(STEPS + 1)]
+    order = ranking(block, gram)
+    return [sorted(order[len(order) - len(order) * step // STEPS :]) for step in range(STEPS + 1)]
 
 
 class _Probe:

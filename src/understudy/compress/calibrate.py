@@ -10,6 +10,7 @@ targets from the untouched model follow GPTAQ (arXiv 2504.02692).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ Branch = Callable[[Tensor, Call], Tensor]
 """One residual branch: (rows, length, width) and its call -> what it adds, same shape."""
 
 
+BLOCKS, LEAST_BLOCK = 4, 128
+"""Blocks along each side of a sum of squares, and the least size that is worth a product of its own."""
 KEEP_BYTES = 512 << 20
 """Most memory spent on remembering what entered one projection."""
 
@@ -58,11 +61,24 @@ class Gram:
     def add(self, x: Tensor, lag: Tensor | None) -> None:
         """``x`` (tokens, n), ``lag`` (tokens, width)."""
         self.tokens += len(x)
-        self.second += x.T @ x
+        _add_square(self.second, x)
         self.first += x.sum(0)
         self.absolute += x.abs().sum(0)
         if lag is not None:
             self.lag += x.T @ lag
+
+
+def _add_square(total: Tensor, x: Tensor) -> None:
+    """``total`` (n, n) += xᵀx. Blocks below the diagonal are mirror images: 6 of 16 products are saved."""
+    size = max(math.ceil(x.shape[1] / BLOCKS), LEAST_BLOCK)
+    parts, places = x.split(size, dim=1), torch.arange(x.shape[1]).split(size)
+    for i, left in enumerate(parts):
+        for j, right in enumerate(parts[i:], start=i):
+            product = left.T @ right
+            rows, columns = (slice(int(at[0]), int(at[-1]) + 1) for at in (places[i], places[j]))
+            total[rows, columns] += product
+            if j > i:
+                total[columns, rows] += product.T
 
 
 @dataclass

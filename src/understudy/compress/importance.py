@@ -15,13 +15,17 @@ from torch import Tensor
 
 from understudy.compress.calibrate import Gram
 
-Score = Literal["output", "magnitude", "wanda-sp", "minitron", "flap", "taylor", "random"]
+Score = Literal["obs", "output", "magnitude", "wanda-sp", "minitron", "flap", "taylor", "random"]
 ENUMERATE_UP_TO = 256
 """Subsets of heads tried exhaustively; beyond, heads leave one at a time."""
 
 
 BLOCK = 1024
 """Rows turned to float64 at once: a wide layer's statistics are a good part of memory as it is."""
+
+
+FLOOR = 1e-6
+"""Least power that a ridge reckons with, as a share of the mean."""
 
 
 class Gated(NamedTuple):
@@ -42,7 +46,8 @@ class Heads(NamedTuple):
 def channel_scores(score: Score, block: Gated, gram: Gram, taylor: Tensor | None = None) -> Tensor:
     """Importance of each FFN channel, (n,), larger is kept.
 
-    ``output`` (ours) √H_jj·‖W_:j‖ with H = Σxxᵀ, the norm of the channel's own contribution.
+    ``output`` √H_jj·‖W_:j‖ with H = Σxxᵀ, the norm of the channel's own contribution; it also stands in for
+    ``obs`` (ours, elimination) where there are too many channels for that.
     Sources of the others: Wanda-sp and FLAP arXiv 2312.11983, Minitron arXiv 2407.14679 §2.2, magnitude:
     the L2 norm of all of a channel's weights, ``taylor`` as `taylor.channel_sensitivity` measured it.
     """
@@ -51,7 +56,7 @@ def channel_scores(score: Score, block: Gated, gram: Gram, taylor: Tensor | None
     norm = block.down.norm(dim=0)
     mean = gram.first / max(gram.tokens, 1)
     power = gram.second.diagonal() / max(gram.tokens, 1)
-    if score == "output":
+    if score in ("obs", "output"):
         return power.sqrt() * norm
     if score == "wanda-sp":
         return power.sqrt() * block.down.abs().sum(0)
@@ -91,7 +96,7 @@ def refit(
 ) -> Tensor:
     """The kept columns of W, refitted so that W'x_S is closest to Wx + pull·d over the calibration tokens.
 
-    W'ᵀ = (H_SS + λI)⁻¹(H_S: Wᵀ + pull·X_Sᵀd + λW_Sᵀ), λ = ridge·mean diag(H_SS): a ridge toward the original
+    W'ᵀ = (H_SS + Λ)⁻¹(H_S: Wᵀ + pull·X_Sᵀd + ΛW_Sᵀ), Λ as `damping` has it: a ridge toward the original
     weights, so a direction never seen keeps them. Solved in float64; (width, |keep|) in the weight's dtype.
     ``product``: `projected`, where it is known already.
     """
@@ -101,8 +106,8 @@ def refit(
     wanted = _through(rows, original) if product is None else product[at]
     inner = rows[:, at].double()
     del rows
-    strength = _strength(inner, ridge)
-    wanted += strength * original[:, at].T
+    strength = damping(inner.diagonal(), ridge)
+    wanted += strength[:, None] * original[:, at].T
     if pull:
         wanted += pull * gram.lag[at].double()
     inner.diagonal().add_(strength)
@@ -112,22 +117,22 @@ def refit(
 def reread(weight: Tensor, gram: Gram, *, ridge: float = 1e-2, pull: float = 0.5) -> Tensor:
     """A reading weight that answers the drifted stream x as W answers x + pull·d, d the lag to the teacher's.
 
-    W' = W + pull·W(Σ d xᵀ)(H + λI)⁻¹, the least-squares solution with a ridge toward W; float64 inside.
+    W' = W + pull·W(Σ d xᵀ)(H + Λ)⁻¹, the least-squares solution with a ridge toward W; float64 inside.
     """
     second = gram.second.double()
-    strength = _strength(second, ridge)
+    strength = damping(second.diagonal(), ridge)
     turn = _solve(second, gram.lag.double(), strength)
     return (weight.double() + pull * weight.double() @ turn.T).to(weight.dtype)
 
 
 def refit_reader(weight: Tensor, gram: Gram, keep: list[int], *, ridge: float = 1e-2) -> Tensor:
-    """A reading weight for a narrower stream: W Bᵀ with B = (VᵀV + λI)⁻¹(VᵀU + λE_S), (out, |keep|).
+    """A reading weight for a narrower stream: W Bᵀ with B = (VᵀV + Λ)⁻¹(VᵀU + ΛE_S), (out, |keep|).
 
     ``gram``: of the narrow stream's v, its lag summed against the wide stream's u; B predicts u from v, with
     a ridge toward E_S, which reads the kept dimensions as they are. float64 inside.
     """
     inner = gram.second.double()
-    strength = _strength(inner, ridge)
+    strength = damping(inner.diagonal(), ridge)
     wanted = gram.lag.double()
     wanted[torch.arange(len(keep)), torch.tensor(keep)] += strength
     return (weight.double() @ _solve(inner, wanted, strength).T).to(weight.dtype)
@@ -145,15 +150,20 @@ def refit_gain(gain: Tensor, power: Tensor, product: Tensor, *, ridge: float = 1
     return (product + strength * factor * gain) / (power + strength)
 
 
-def _strength(inner: Tensor, ridge: float) -> Tensor:
-    """λ, never 0: what was never seen must still be solvable."""
-    return ridge * inner.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+def damping(power: Tensor, ridge: float) -> Tensor:
+    """The ridge of each column, (n,): a share of its own power Σx², which must not follow the others'.
+
+    Where a few tokens of massive activation put a thousand times the usual power into one channel
+    (SmolLM2's layers 11 and 28), a ridge of the mean power would refit nothing but that channel. Never 0:
+    what was never seen must still be solvable. Source: Marquardt 1963.
+    """
+    least = FLOOR * power.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return ridge * power.clamp(min=float(least))
 
 
 def _solve(inner: Tensor, wanted: Tensor, strength: Tensor) -> Tensor:
-    """(inner + λI)⁻¹ wanted."""
-    damped = inner + strength * torch.eye(len(inner), dtype=torch.float64)
-    return torch.cholesky_solve(wanted, torch.linalg.cholesky(damped))
+    """(inner + Λ)⁻¹ wanted."""
+    return torch.cholesky_solve(wanted, torch.linalg.cholesky(inner + torch.diag(strength)))
 
 
 def damage(weight: Tensor, gram: Gram, keep: list[int], *, ridge: float = 1e-2) -> float:
@@ -179,12 +189,12 @@ class HeadSearch:
     """Subsets of heads by their damage at the output projection; one factorisation serves all of them.
 
     With R the columns that go, refitting the others (ridge toward the original weights) leaves the loss
-    tr(W_R [((H + λI)⁻¹)_RR]⁻¹ W_Rᵀ): the block form of the Optimal Brain Surgeon (Hassibi & Stork 1993).
+    tr(W_R [((H + Λ)⁻¹)_RR]⁻¹ W_Rᵀ): the block form of the Optimal Brain Surgeon (Hassibi & Stork 1993).
     """
 
     def __init__(self, weight: Tensor, gram: Gram, heads: int, kv_heads: int, ridge: float = 1e-2) -> None:
         self.weight, second = weight.double().T, gram.second.double()
-        damped = second + _strength(second, ridge) * torch.eye(len(second), dtype=torch.float64)
+        damped = second + torch.diag(damping(second.diagonal(), ridge))
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         self.heads, self.kv_heads = heads, kv_heads
         self.group = heads // kv_heads

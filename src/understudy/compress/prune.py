@@ -41,16 +41,15 @@ from understudy.compress.decoder import (
     write_shape,
 )
 from understudy.compress.depth import choose_layers
+from understudy.compress.elimination import choose_channels
 from understudy.compress.importance import (
     Gated,
     Heads,
     Score,
-    channel_scores,
     choose_heads,
     head_columns,
     refit,
     reread,
-    top,
 )
 from understudy.compress.journal import Journal, Note
 from understudy.compress.plan import LayerPlan, Plan
@@ -68,7 +67,7 @@ if TYPE_CHECKING:
 class Method(NamedTuple):
     """How indices are chosen and made up for."""
 
-    score: Score = "output"
+    score: Score = "obs"
     refit: bool = True
     ridge: float = 1e-2
     pull: float = 0.5
@@ -316,12 +315,18 @@ class _Sweep:
             return list(range(self.plan.teacher.ffn))
         gram = self._seen(layer, layer.down, feed_forward_of(layer), index, ahead)
         block = Gated(layer.gate.weight, layer.up.weight, layer.down.weight)
-        scores = channel_scores(self.method.score, block, gram, wanted.taylor)
-        channels = wanted.given.channels if wanted.given else top(scores, wanted.ffn)
+        channels = wanted.given.channels if wanted.given else self._best(block, gram, wanted)
         cut_channels(layer, channels, self._refit(layer.down, gram, channels))
         write = None if layer.gated else layer.write_feed_forward
         self._go_on(gram, channels, write, feed_forward_of(layer), index)
         return channels
+
+    def _best(self, block: Gated, gram: Gram, wanted: _Wanted) -> list[int]:
+        how = self.method
+        pull = how.pull if self.teacher is not None else 0.0
+        return choose_channels(
+            how.score, block, gram, wanted.ffn, taylor=wanted.taylor, ridge=how.ridge, pull=pull
+        )
 
     def _seen(
         self, layer: Layer, writer: nn.Linear, branch: Branch, index: int, ahead: list[Tensor] | None

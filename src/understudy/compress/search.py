@@ -27,6 +27,7 @@ from understudy.compress.calibrate import Gram, Stream, attention_of, enter, fee
 from understudy.compress.corpus import Batch
 from understudy.compress.decoder import Extras, Layer, Shape, body, extras_of, family_of, layers_of, shape_of
 from understudy.compress.depth import advance, influence
+from understudy.compress.elimination import ranking
 from understudy.compress.fidelity import divergence, side_of
 from understudy.compress.importance import (
     Gated,
@@ -109,7 +110,7 @@ class Trial(NamedTuple):
     shape: Shape
     sliced: bool = False
     """Cut without a refit."""
-    score: Score | Rule = "output"
+    score: Score | Rule = "obs"
     """Of FFN channels."""
 
 
@@ -403,8 +404,7 @@ class _Cutter:
         key = size, score, refitted
         if key not in self._downs:
             block = Gated(self.layer.gate.weight, self.layer.up.weight, self.layer.down.weight)
-            scores = score(block) if callable(score) else channel_scores(score, block, self.channels)
-            kept = top(scores, size)
+            kept = self._kept(block, size, score)
             down = (
                 refit(block.down, self.channels, kept, product=self._product)
                 if refitted
@@ -412,3 +412,16 @@ class _Cutter:
             )
             self._downs[key] = kept, down
         return self._downs[key]
+
+    def _kept(self, block: Gated, size: int, score: Score | Rule) -> list[int]:
+        if callable(score):
+            return top(score(block), size)
+        if score == "obs":
+            return sorted(self._leaving[self.shape.ffn - size :])
+        return top(channel_scores(score, block, self.channels), size)
+
+    @cached_property
+    def _leaving(self) -> list[int]:
+        """All channels, the one that is missed least first."""
+        block = Gated(self.layer.gate.weight, self.layer.up.weight, self.layer.down.weight)
+        return ranking(block, self.channels)
