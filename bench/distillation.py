@@ -30,10 +30,9 @@ from understudy.compress import checkpoint, distill, onpolicy
 from understudy.compress import plan as plans
 from understudy.compress.beginnings import distinct_tokens
 from understudy.compress.capture import Live, capture, sampled
-from understudy.compress.corpus import encode_chat, shuffled, take
+from understudy.compress.corpus import Document, encode_chat, shuffled, take
 from understudy.compress.curve import save_plot
 from understudy.compress.decoder import extras_of, keep_layers, shape_of, write_shape
-from understudy.compress.document import Document
 from understudy.compress.fidelity import fidelity
 from understudy.compress.losses import Options, Rows, distillation_loss
 from understudy.compress.precision import Precision, matmul_precision

@@ -26,10 +26,9 @@ import torch
 
 from understudy.compress import distill
 from understudy.compress.calibrate import attention_of, enter, feed_forward_of
-from understudy.compress.corpus import Batch, batches, pack
+from understudy.compress.corpus import Batch, Document, batches, pack
 from understudy.compress.decoder import layers_of, mixture_of
 from understudy.compress.dense import Pooling, to_dense
-from understudy.compress.document import Document
 from understudy.compress.experts import keep_experts
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.pool import Choice, route

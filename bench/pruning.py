@@ -34,9 +34,8 @@ import torch
 from understudy.compress import checkpoint, corpus
 from understudy.compress import plan as plans
 from understudy.compress.allocation import allocate, curves
-from understudy.compress.corpus import Batch
+from understudy.compress.corpus import Batch, Document
 from understudy.compress.decoder import Extras, Shape, extras_of, parameters, shape_of
-from understudy.compress.document import Document
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.prune import Method, prune
 from understudy.compress.search import Trial, Tryout
@@ -246,9 +245,9 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 import torch
-from understudy.compress.document import Document
+from understudy.compress import corpus
 from understudy.compress.single import PruneJob, Sizes, prune_only
-text = [Document([3 + (7 * i) % 900 for i in range(n, n + 128)], [False] * 128) for n in range(4)]
+text = [corpus.Document([3 + (7 * i) % 900 for i in range(n, n + 128)], [False] * 128) for n in range(4)]
 sizes = Sizes(ffn=int(sys.argv[3]))
 prune_only(PruneJob(sys.argv[1], Path(sys.argv[2]), sizes, None, lambda _: text, 512), print)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -360,9 +359,9 @@ def say(name: str, found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calibration", type=int, default=50_000, help="tokens, at -26.5M")
+    parser.add_argument("--calibration", type=int, default=48_000, help="tokens, at -26.5M")
     parser.add_argument("--held-out", type=int, default=8_000, help="tokens")
-    parser.add_argument("--statistics", type=int, default=16_000, help="tokens, for the curve")
+    parser.add_argument("--statistics", type=int, default=8_000, help="tokens, for the curve")
     parser.add_argument("--probe", type=int, default=1_000, help="held-out tokens, for the curve")
     parser.add_argument("--axes", default="ffn,heads,kv_heads,hidden", help="ours, in the curve")
     parser.add_argument("--mix", action="store_true", help="search the best shape of each budget: minutes")

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from understudy.cluster import connect
 from understudy.compress import checkpoint
 from understudy.compress.capture import Live, Shard, capture, planned
-from understudy.compress.document import Document
+from understudy.compress.corpus import Document
 from understudy.compress.spread import Source, capture_on
 from understudy.compress.targets import Origin
 from understudy.compress.teacher import LiveTeacher

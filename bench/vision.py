@@ -28,9 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 
 from understudy.compress import checkpoint, recipe
-from understudy.compress.corpus import batches, encode_chat, pack
+from understudy.compress.corpus import Chat, Document, batches, encode_chat, pack
 from understudy.compress.decoder import outside_weights, states_of
-from understudy.compress.document import Chat, Document
 from understudy.config import Own
 
 MARKS = (

@@ -27,8 +27,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from understudy.compress.corpus import batches, encode_chat, pack
-from understudy.compress.document import Chat, Document
+from understudy.compress.corpus import Chat, Document, batches, encode_chat, pack
 
 TEXT = "user assistant the cat dog sat on a mat is it warm cold yes no why because of sun moon and rain"
 WORDS = TEXT.split()

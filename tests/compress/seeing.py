@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForMultimodalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from understudy.compress.document import Chat
+from understudy.compress.corpus import Chat
 
 MARKS = (
     *("<unk>", "<s>", "</s>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"),
@@ -369,8 +369,7 @@ class Heard:
 
 def heard(seed: int) -> Any:
     """A batch of one document: a sound of twelve placeholders and an answer about it, for Voxtral."""
-    from understudy.compress.corpus import Row, collate
-    from understudy.compress.document import Document
+    from understudy.compress.corpus import Document, Row, collate
 
     tokens = [1, *[NUMBERS["<|AUDIO|>"]] * 12, *range(22, 34), 2]
     document = Document(tokens, [False] * 16 + [True] * 10, media=Heard(seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import Gram
-from understudy.compress.decoder import body, extras_of, head_weight, layers_of, shape_of
+from understudy.compress.decoder import bias_of, body, extras_of, head_weight, layers_of, shape_of
 from understudy.compress.importance import refit_gain, refit_reader
 from understudy.compress.prune import Method, prune
 from understudy.compress.taylor import channel_sensitivity
@@ -21,11 +22,11 @@ from understudy.errors import InputError, ModelError
 
 EXACT = Method(precision="fp32")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
-AXES = {"ffn": 16, "heads": 4, "kv_heads": 1, "hidden": 24, "layers": 2}
+AXES: dict[str, Any] = {"ffn": 16, "heads": 4, "kv_heads": 1, "hidden": 24, "layers": 2}
 COMBINATIONS = [chosen for count in (1, 2, 3, 4, 5) for chosen in itertools.combinations(AXES, count)]
 
 
-def sizes_of(axes: tuple[str, ...]) -> dict[str, int]:
+def sizes_of(axes: tuple[str, ...]) -> dict[str, Any]:
     """The sizes of the chosen axes; with one KV group only its three query heads remain."""
     sizes = {axis: AXES[axis] for axis in axes}
     return sizes | ({"heads": 2} if {"heads", "kv_heads"} <= set(axes) else {})
@@ -34,7 +35,7 @@ def sizes_of(axes: tuple[str, ...]) -> dict[str, int]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("axes", COMBINATIONS, ids="+".join)
 def test_every_combination_of_axes_reloads_with_the_same_logits(
-    family, axes, make, text, tokenizer, tmp_path: Path, logits
+    family: Any, axes: Any, make: Any, text: Any, tokenizer: Any, tmp_path: Path, logits: Any
 ):
     kinds = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     extra = kinds if family == "gemma3_text" else {}
@@ -55,7 +56,7 @@ def test_every_combination_of_axes_reloads_with_the_same_logits(
     [(6, 6, {"heads": 3, "kv_heads": 3}), (6, 1, {"heads": 3})],
     ids=["MHA", "MQA"],
 )
-def test_all_or_one_kv_head(heads, kv_heads, wanted, make, text, logits):
+def test_all_or_one_kv_head(heads: Any, kv_heads: Any, wanted: Any, make: Any, text: Any, logits: Any):
     model = make(num_attention_heads=heads, num_key_value_heads=kv_heads)
     plan = prune(model, plans.decide(shape_of(model), extras_of(model), **wanted), text, EXACT)
     assert model.num_parameters() == plan.parameters_after
@@ -63,7 +64,7 @@ def test_all_or_one_kv_head(heads, kv_heads, wanted, make, text, logits):
 
 
 @pytest.mark.parametrize("kind", ["llama3", "linear", "yarn"])
-def test_rope_scaling_is_kept(kind, make, text, tokenizer, tmp_path: Path, logits):
+def test_rope_scaling_is_kept(kind: Any, make: Any, text: Any, tokenizer: Any, tmp_path: Path, logits: Any):
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     model = make("llama", rope_parameters=rope)
@@ -75,7 +76,7 @@ def test_rope_scaling_is_kept(kind, make, text, tokenizer, tmp_path: Path, logit
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_pruning_dead_dimensions_is_exact(family, tied, make, text, logits):
+def test_pruning_dead_dimensions_is_exact(family: Any, tied: Any, make: Any, text: Any, logits: Any):
     """Dimensions that nothing writes and nothing reads, but for the mean of squares the norms divide by."""
     model = make(family, tie_word_embeddings=tied)
     dead = [i for i in range(48) if i % 2]
@@ -85,8 +86,8 @@ def test_pruning_dead_dimensions_is_exact(family, tied, make, text, logits):
         for layer in layers_of(model):
             for writer in (layer.o, layer.down):
                 writer.weight[dead] = 0
-                if writer.bias is not None:
-                    writer.bias[dead] = 0
+                if (bias := bias_of(writer)) is not None:
+                    bias[dead] = 0
     before = logits(model)
     plan = prune(model, plans.decide(shape_of(model), extras_of(model), hidden=24), text, EXACT)
     assert not set(dead) & set(plan.width)
@@ -94,7 +95,7 @@ def test_pruning_dead_dimensions_is_exact(family, tied, make, text, logits):
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3)
 
 
-def test_pruning_a_dead_layer_is_exact(make, text, logits):
+def test_pruning_a_dead_layer_is_exact(make: Any, text: Any, logits: Any):
     model = make(num_hidden_layers=3)
     with torch.no_grad():
         layers_of(model)[1].o.weight.zero_()
@@ -105,9 +106,12 @@ def test_pruning_a_dead_layer_is_exact(make, text, logits):
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_finished_plan_of_every_axis_can_be_applied_again(make, text, logits, tmp_path: Path):
+def test_a_finished_plan_of_every_axis_can_be_applied_again(
+    make: Any, text: Any, logits: Any, tmp_path: Path
+):
     first, second = make(num_hidden_layers=3), make(num_hidden_layers=3)
-    plan = prune(first, plans.decide(shape_of(first), extras_of(first), **AXES | {"heads": 2}), text, EXACT)
+    sizes: dict[str, Any] = AXES | {"heads": 2}
+    plan = prune(first, plans.decide(shape_of(first), extras_of(first), **sizes), text, EXACT)
     plans.save(plan, tmp_path / "plan.json")
     prune(second, plans.load(tmp_path / "plan.json"), text, EXACT)
     torch.testing.assert_close(logits(second), logits(first), rtol=0, atol=0)
@@ -121,7 +125,7 @@ def test_a_finished_plan_of_every_axis_can_be_applied_again(make, text, logits, 
         ({"swap": True}, "layers"),
     ],
 )
-def test_wrong_dimensions_or_layers_are_refused(change, said, make, text):
+def test_wrong_dimensions_or_layers_are_refused(change: Any, said: Any, make: Any, text: Any):
     model = make(num_hidden_layers=3)
     plan = prune(make(num_hidden_layers=3), plans.decide(shape_of(model), extras_of(model), hidden=24), text)
     if change.pop("swap", False):
@@ -131,7 +135,7 @@ def test_wrong_dimensions_or_layers_are_refused(change, said, make, text):
 
 
 @pytest.mark.parametrize("sizes", [{"hidden": 49}, {"hidden": 25}, {"layers": 3}, {"layers": -1}])
-def test_sizes_that_cannot_be(sizes, make):
+def test_sizes_that_cannot_be(sizes: Any, make: Any):
     model = make()
     with pytest.raises(InputError):
         plans.decide(shape_of(model), extras_of(model), **sizes)
@@ -162,7 +166,7 @@ def test_refitted_gain_by_hand():
 
 
 @torch.no_grad()
-def test_refit_makes_a_narrow_model_closer(make, text):
+def test_refit_makes_a_narrow_model_closer(make: Any, text: Any):
     errors = []
     batch = text[0]
     for refit in (False, True):
@@ -174,7 +178,7 @@ def test_refit_makes_a_narrow_model_closer(make, text):
     assert errors[1] < 0.7 * errors[0]
 
 
-def test_taylor_is_the_loss_change_to_first_order(make, text):
+def test_taylor_is_the_loss_change_to_first_order(make: Any, text: Any):
     model = make()
     [first, _] = channel_sensitivity(model, text)
     layer = layers_of(model)[0]

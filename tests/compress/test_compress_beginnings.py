@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from understudy.compress.beginnings import LEAST_SHARED, bundles, distinct_tokens
-from understudy.compress.corpus import collate, encode_chat, pack, take
+from understudy.compress.corpus import Document, collate, encode_chat, pack, take
 from understudy.compress.decoder import may_share
-from understudy.compress.document import Document
 from understudy.compress.fidelity import final_hidden
 
 LEAD = list(range(3, 3 + LEAST_SHARED + 2))

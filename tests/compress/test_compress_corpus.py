@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from understudy.compress.corpus import (
+    Document,
     batches,
     collate,
     encode_chat,
@@ -17,7 +18,6 @@ from understudy.compress.corpus import (
     take,
     windows,
 )
-from understudy.compress.document import Document
 from understudy.compress.fidelity import final_hidden
 from understudy.errors import InputError
 

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from understudy.compress.corpus import batches, pack
-from understudy.compress.document import Document
+from understudy.compress.corpus import Document, batches, pack
 from understudy.compress.fidelity import fidelity, require_same_tokenizer
 from understudy.errors import ModelError
 

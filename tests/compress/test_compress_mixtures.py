@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,10 +14,10 @@ import torch
 from click.testing import CliRunner
 
 from understudy.cli.compress import prune as prune_command
-from understudy.compress import checkpoint
+from understudy.compress import checkpoint, decoder
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import attention_of, enter
-from understudy.compress.decoder import extras_of, layers_of, mixture_of, parameters, shape_of
+from understudy.compress.decoder import extras_of, parameters, shape_of
 from understudy.compress.dense import Pooling, hull, to_dense
 from understudy.compress.experts import keep_experts
 from understudy.compress.families import MIXTURES
@@ -28,19 +29,22 @@ from understudy.compress.student import student_of
 from understudy.config import Own
 from understudy.errors import InputError, ModelError
 
+# tests reach into the architectures' own modules, which are untyped
+layers_of: Any = decoder.layers_of
+mixture_of: Any = decoder.mixture_of
 FAMILIES = [family.model_type for family in MIXTURES]
 DENSE = {family.model_type: family.dense for family in MIXTURES}
 EXACT = Pooling(precision="fp32")
 PLAIN = EXACT._replace(pull=0.0, reread=0.0)
 
 
-def routing(model):
+def routing(model: Any):
     """The layers that route, with what `route` needs."""
     mixture = mixture_of(model)
     return mixture, [layer for layer in layers_of(model) if mixture.sparse(layer.module)]
 
 
-def route_evenly(model):
+def route_evenly(model: Any):
     """Every expert for every token with the same weight, shared gates constant."""
     mixture, layers = routing(model)
     with torch.no_grad():
@@ -53,7 +57,7 @@ def route_evenly(model):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_pool_weighed_by_its_router_is_the_block(family, make, text):
+def test_the_pool_weighed_by_its_router_is_the_block(family: Any, make: Any, text: Any):
     model = make(family)
     mixture, layers = routing(model)
     stream = enter(model, text)
@@ -65,13 +69,13 @@ def test_the_pool_weighed_by_its_router_is_the_block(family, make, text):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_as_counted(family, make):
+def test_parameters_as_counted(family: Any, make: Any):
     model = make(family)
     assert parameters(shape_of(model), extras_of(model)) == model.num_parameters()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything_kept_of_an_even_mixture_is_exact(family, make, text, logits):
+def test_everything_kept_of_an_even_mixture_is_exact(family: Any, make: Any, text: Any, logits: Any):
     model = make(family)
     route_evenly(model)
     before = logits(model)
@@ -84,7 +88,7 @@ def test_everything_kept_of_an_even_mixture_is_exact(family, make, text, logits)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sizes", [{"ffn": 48}, {"ffn": 40, "heads": 4}])
 def test_a_dense_student_comes_back_with_the_same_logits(
-    family, sizes, make, text, tokenizer, tmp_path: Path, logits
+    family: Any, sizes: Any, make: Any, text: Any, tokenizer: Any, tmp_path: Path, logits: Any
 ):
     model = make(family)
     if mixture_of(model).heads_fixed:
@@ -100,9 +104,11 @@ def test_a_dense_student_comes_back_with_the_same_logits(
     torch.testing.assert_close(logits(twice), logits(student), rtol=1e-3, atol=1e-4)
 
 
-def test_every_axis_of_the_dense_student_can_shrink_too(make, text, tokenizer, tmp_path: Path, logits):
+def test_every_axis_of_the_dense_student_can_shrink_too(
+    make: Any, text: Any, tokenizer: Any, tmp_path: Path, logits: Any
+):
     model = make("mixtral", num_hidden_layers=3)
-    sizes = {"ffn": 32, "heads": 4, "hidden": 40, "layers": 2}
+    sizes: dict[str, Any] = {"ffn": 32, "heads": 4, "hidden": 40, "layers": 2}
     plan = plans.decide(shape_of(model), extras_of(model), **sizes)
     student, done = student_of(model, plan, text)
     assert student.num_parameters() == plan.parameters_after
@@ -114,7 +120,7 @@ def test_every_axis_of_the_dense_student_can_shrink_too(make, text, tokenizer, t
 
 
 @torch.no_grad()
-def test_scores_are_those_of_the_definition(make, text):
+def test_scores_are_those_of_the_definition(make: Any, text: Any):
     model = make("qwen2_moe")
     mixture, layers = routing(model)
     layer, stream = layers[0], enter(model, text)
@@ -140,7 +146,7 @@ def test_scores_are_those_of_the_definition(make, text):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-def test_the_refit_is_the_float64_solution(family, make, text):
+def test_the_refit_is_the_float64_solution(family: Any, make: Any, text: Any):
     model = make(family, num_hidden_layers=1)
     mixture, layers = routing(model)
     student, channels = to_dense(model, 40, text, PLAIN._replace(ridge=0.05))
@@ -167,7 +173,7 @@ def test_the_refit_is_the_float64_solution(family, make, text):
 
 
 @torch.no_grad()
-def errors(model, students, text):
+def errors(model: Any, students: Any, text: Any):
     """Squared distance of each student's final states from the mixture's."""
     ends = [
         torch.cat(
@@ -178,7 +184,7 @@ def errors(model, students, text):
     return [float((end - ends[0]).square().mean()) for end in ends[1:]]
 
 
-def test_refitting_and_following_the_mixture_lower_the_error(make, text):
+def test_refitting_and_following_the_mixture_lower_the_error(make: Any, text: Any):
     model = make("qwen3_moe", num_hidden_layers=4)
     ways = [PLAIN._replace(refit=False), PLAIN, EXACT]
     sliced, refitted, followed = errors(model, [to_dense(model, 40, text, w).model for w in ways], text)
@@ -186,7 +192,7 @@ def test_refitting_and_following_the_mixture_lower_the_error(make, text):
     assert followed < refitted
 
 
-def test_shared_channels_go_first(make, text):
+def test_shared_channels_go_first(make: Any, text: Any):
     model = make("deepseek_v3")
     mixture, (layer,) = routing(model)
     routed = route(mixture, layer, enter(model, text))
@@ -198,7 +204,7 @@ def test_shared_channels_go_first(make, text):
 
 
 @pytest.mark.parametrize("choice", ["mass", "reap"])
-def test_whole_experts_are_kept_in_the_order_of_their_score(choice, make, text):
+def test_whole_experts_are_kept_in_the_order_of_their_score(choice: Any, make: Any, text: Any):
     model = make("mixtral")
     mixture, layers = routing(model)
     routed, pool = route(mixture, layers[0], enter(model, text)), mixture.pool(layers[0].module)
@@ -208,7 +214,7 @@ def test_whole_experts_are_kept_in_the_order_of_their_score(choice, make, text):
     assert {c // 24 for c in kept.indices} == set(best)
 
 
-def test_averages_of_equal_experts_are_exact(make, text, logits):
+def test_averages_of_equal_experts_are_exact(make: Any, text: Any, logits: Any):
     model = make("mixtral")
     _, layers = routing(model)
     with torch.no_grad():
@@ -220,7 +226,7 @@ def test_averages_of_equal_experts_are_exact(make, text, logits):
     torch.testing.assert_close(logits(student), logits(model), rtol=1e-3, atol=1e-4)
 
 
-def test_a_plain_layer_narrower_than_the_student_grows_without_a_change(make, text, logits):
+def test_a_plain_layer_narrower_than_the_student_grows_without_a_change(make: Any, text: Any, logits: Any):
     model = make("qwen3_moe")
     student = to_dense(model, 64, text, PLAIN).model
     down = layers_of(student)[0].down.weight
@@ -234,7 +240,7 @@ def test_a_plain_layer_narrower_than_the_student_grows_without_a_change(make, te
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_experts_kept_change_nothing_and_half_come_back(
-    family, make, text, tokenizer, tmp_path: Path, logits
+    family: Any, make: Any, text: Any, tokenizer: Any, tmp_path: Path, logits: Any
 ):
     model = make(family)
     before = logits(model)
@@ -249,7 +255,7 @@ def test_all_experts_kept_change_nothing_and_half_come_back(
     torch.testing.assert_close(logits(again), logits(student), rtol=1e-4, atol=1e-5)
 
 
-def test_as_many_experts_of_each_group_stay(make, text):
+def test_as_many_experts_of_each_group_stay(make: Any, text: Any):
     model = make("deepseek_v3", n_routed_experts=8)
     mixture, (layer,) = routing(model)
     stream = enter(model, text)
@@ -263,7 +269,7 @@ def test_as_many_experts_of_each_group_stay(make, text):
     assert shape_of(model).experts == 4
 
 
-def test_taking_out_experts_that_are_never_chosen_is_exact(make, text, logits):
+def test_taking_out_experts_that_are_never_chosen_is_exact(make: Any, text: Any, logits: Any):
     model = make("glm4_moe")
     _, (layer,) = routing(model)
     layer.module.mlp.gate.e_score_correction_bias[[0, 2]] = -100.0
@@ -273,7 +279,7 @@ def test_taking_out_experts_that_are_never_chosen_is_exact(make, text, logits):
 
 
 @torch.no_grad()
-def test_fewer_experts_share_the_tokens_out_anew(make, text):
+def test_fewer_experts_share_the_tokens_out_anew(make: Any, text: Any):
     model = make("mixtral", num_hidden_layers=1)
     whole = copy.deepcopy(model).model.layers[0].mlp
     (kept,) = keep_experts(model, 3, text)
@@ -305,13 +311,15 @@ def test_fewer_experts_share_the_tokens_out_anew(make, text):
         ("mixtral", {"ffn": 97}, "ffn = 97"),
     ],
 )
-def test_sizes_that_cannot_be(family, sizes, message, make):
+def test_sizes_that_cannot_be(family: Any, sizes: Any, message: Any, make: Any):
     model = make(family)
     with pytest.raises(InputError, match=message):
         plans.decide(shape_of(model), extras_of(model), **sizes)
 
 
-def test_nothing_asked_gives_the_width_that_a_token_passes(make, folder, tokenizer, tmp_path: Path):
+def test_nothing_asked_gives_the_width_that_a_token_passes(
+    make: Any, folder: Any, tokenizer: Any, tmp_path: Path
+):
     path = checkpoint.save(make("qwen2_moe"), tokenizer, tmp_path / "mixture")
     loaded = checkpoint.load(path)
     plan = decided(shape_of(loaded.model), loaded, Sizes())
@@ -320,14 +328,14 @@ def test_nothing_asked_gives_the_width_that_a_token_passes(make, folder, tokeniz
     assert decided(shape_of(loaded.model), loaded, Sizes(experts=3)).student.experts == 3
 
 
-def test_a_dense_model_is_no_mixture(make, text):
+def test_a_dense_model_is_no_mixture(make: Any, text: Any):
     with pytest.raises(ModelError, match="routes in no layer"):
         to_dense(make(), 16, text)
     with pytest.raises(ModelError, match="routes in no layer"):
         keep_experts(make(), 2, text)
 
 
-def test_a_mixture_without_calibration_or_with_strange_channels_is_refused(make, text):
+def test_a_mixture_without_calibration_or_with_strange_channels_is_refused(make: Any, text: Any):
     model = make("mixtral")
     with pytest.raises(ModelError, match="no calibration text"):
         to_dense(model, 24, [])
@@ -339,7 +347,7 @@ def test_a_mixture_without_calibration_or_with_strange_channels_is_refused(make,
             student_of(model, msgspec.structs.replace(plan, layers=broken), text)
 
 
-def test_a_weight_without_a_source_is_named(make):
+def test_a_weight_without_a_source_is_named(make: Any):
     model = make("mixtral")
     del model.model.norm.weight
     model.model.norm.register_parameter("weight", torch.nn.Parameter(torch.ones(5)))
@@ -347,7 +355,9 @@ def test_a_weight_without_a_source_is_named(make):
         hull(model, mixture_of(model), 24)
 
 
-def test_own_makes_a_dense_student_of_a_mixture_and_heals_it(make, tokenizer, chats, tmp_path: Path):
+def test_own_makes_a_dense_student_of_a_mixture_and_heals_it(
+    make: Any, tokenizer: Any, chats: Any, tmp_path: Path
+):
     teacher = checkpoint.save(make("mixtral"), tokenizer, tmp_path / "teacher")
     settings = Own(ffn=32, heads=4, calibration_tokens=400, distil_tokens=8000, learning_rate=5e-4)
     job = OwnJob(
@@ -366,7 +376,7 @@ def test_own_makes_a_dense_student_of_a_mixture_and_heals_it(make, tokenizer, ch
     assert own(job) == report
 
 
-def test_prune_keeps_a_mixture_when_asked(make, tokenizer, tmp_path: Path):
+def test_prune_keeps_a_mixture_when_asked(make: Any, tokenizer: Any, tmp_path: Path):
     teacher = checkpoint.save(make("olmoe"), tokenizer, tmp_path / "teacher")
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a mat is it warm yes\n\n" * 20)
@@ -380,13 +390,15 @@ def test_prune_keeps_a_mixture_when_asked(make, tokenizer, tmp_path: Path):
 def bench():
     path = Path(__file__).parents[2] / "bench" / "mixtures.py"
     spec = importlib.util.spec_from_file_location("mixtures", path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["mixtures"] = module
     spec.loader.exec_module(module)
     return module
 
 
-def test_pooled_channels_of_a_trained_mixture_lose_least(bench):
+def test_pooled_channels_of_a_trained_mixture_lose_least(bench: Any):
     """A small instance of the bench: random weights have no experts worth telling apart."""
     drawn = bench.Text()
     teacher = bench.trained(drawn, 60, seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,6 +18,7 @@ from understudy.compress.decoder import extras_of, layers_of, shape_of
 from understudy.compress.elimination import choose_channels, leaving, ranking
 from understudy.compress.importance import (
     Gated,
+    Score,
     channel_scores,
     choose_heads,
     damage,
@@ -33,7 +35,7 @@ from understudy.errors import InputError, ModelError
 EXACT = Method(precision="fp32")
 
 
-def plan_for(model, **sizes):
+def plan_for(model: Any, **sizes: Any):
     return plans.decide(shape_of(model), extras_of(model), **sizes)
 
 
@@ -43,7 +45,7 @@ def gram_of(x: torch.Tensor, width: int, lag: torch.Tensor | None = None) -> Gra
     return gram
 
 
-def test_pruning_nothing_changes_no_logit(make, text, logits):
+def test_pruning_nothing_changes_no_logit(make: Any, text: Any, logits: Any):
     model = make()
     before = logits(model)
     plan = prune(model, plan_for(model), text, EXACT)
@@ -51,7 +53,7 @@ def test_pruning_nothing_changes_no_logit(make, text, logits):
     assert plan.layers[0].channels == list(range(24))
 
 
-def test_pruning_dead_channels_is_exact(make, text, logits):
+def test_pruning_dead_channels_is_exact(make: Any, text: Any, logits: Any):
     model = make()
     dead = [1, 5, 6, 7, 11, 12, 20, 23]
     with torch.no_grad():
@@ -63,7 +65,7 @@ def test_pruning_dead_channels_is_exact(make, text, logits):
     assert all(not set(dead) & set(kept.channels) for kept in plan.layers)
 
 
-def test_pruning_dead_heads_is_exact(make, text, logits):
+def test_pruning_dead_heads_is_exact(make: Any, text: Any, logits: Any):
     model = make()
     with torch.no_grad():
         for layer in layers_of(model):
@@ -74,7 +76,7 @@ def test_pruning_dead_heads_is_exact(make, text, logits):
     assert all(kept.heads == [1, 2, 3, 5] for kept in plan.layers)
 
 
-def test_pruning_a_dead_group_is_exact(make, text, logits):
+def test_pruning_a_dead_group_is_exact(make: Any, text: Any, logits: Any):
     model = make()
     with torch.no_grad():
         for layer in layers_of(model):
@@ -134,7 +136,7 @@ def test_refit_moves_a_duplicate_channel_onto_its_twin():
     assert damage(weight, gram_of(x, 1), [0], ridge=1e-9) < 1e-6
 
 
-def test_refit_lowers_the_layers_error(make, text):
+def test_refit_lowers_the_layers_error(make: Any, text: Any):
     model = make()
     layer, stream = layers_of(model)[0], enter(model, text)
     gram = observe(layer.down, stream, lambda h, _c: layer.feed_forward(h), 0)
@@ -146,14 +148,14 @@ def test_refit_lowers_the_layers_error(make, text):
     assert damage(weight, gram, keep) < 0.9 * float(sliced)
 
 
-def test_gram_counts_real_tokens_only(make, documents, text):
+def test_gram_counts_real_tokens_only(make: Any, documents: Any, text: Any):
     model = make()
     layer, stream = layers_of(model)[0], enter(model, text)
     gram = observe(layer.down, stream, lambda h, _c: layer.feed_forward(h), 0)
     assert gram.tokens == stream.tokens == sum(len(d.tokens) for d in documents)
 
 
-def test_equal_plan_on_permuted_channels_gives_an_equal_model(make, text, logits):
+def test_equal_plan_on_permuted_channels_gives_an_equal_model(make: Any, text: Any, logits: Any):
     model, shuffled = make(), make()
     order = torch.randperm(24, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -171,7 +173,7 @@ def test_equal_plan_on_permuted_channels_gives_an_equal_model(make, text, logits
     torch.testing.assert_close(logits(shuffled), logits(model), rtol=1e-4, atol=1e-5)
 
 
-def test_a_finished_plan_can_be_applied_again(make, text, logits, tmp_path: Path):
+def test_a_finished_plan_can_be_applied_again(make: Any, text: Any, logits: Any, tmp_path: Path):
     first, second = make(), make()
     plan = prune(first, plan_for(first, ffn=16, heads=4), text, EXACT)
     plans.save(plan, tmp_path / "plan.json")
@@ -180,7 +182,9 @@ def test_a_finished_plan_can_be_applied_again(make, text, logits, tmp_path: Path
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_inputs_kept_or_computed_again_are_the_same(family, make, text, logits, monkeypatch):
+def test_inputs_kept_or_computed_again_are_the_same(
+    family: Any, make: Any, text: Any, logits: Any, monkeypatch: Any
+):
     found = []
     for most in (1 << 30, 0):
         monkeypatch.setattr("understudy.compress.calibrate.KEEP_BYTES", most)
@@ -190,7 +194,7 @@ def test_inputs_kept_or_computed_again_are_the_same(family, make, text, logits, 
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
-def test_following_the_teacher_lowers_the_final_error(make, text):
+def test_following_the_teacher_lowers_the_final_error(make: Any, text: Any):
     teacher = make(num_hidden_layers=4)
     errors = []
     for pull in (0.0, 0.5):
@@ -202,7 +206,7 @@ def test_following_the_teacher_lowers_the_final_error(make, text):
 
 
 @torch.no_grad()
-def enter_end(model, text):
+def enter_end(model: Any, text: Any):
     return torch.cat(
         [
             model.model(input_ids=b.tokens, position_ids=b.positions, use_cache=False).last_hidden_state[
@@ -216,14 +220,17 @@ def enter_end(model, text):
 def test_scores_by_hand():
     gram = gram_of(torch.tensor([[1.0, -2.0], [3.0, 2.0]]), 1)
     block = Gated(torch.tensor([[3.0], [0.0]]), torch.tensor([[0.0], [4.0]]), torch.tensor([[4.0, -3.0]]))
-    wanted = {
+    wanted: dict[Score, list[float]] = {
         "output": [(10 / 2) ** 0.5 * 4, (8 / 2) ** 0.5 * 3],
         "wanda-sp": [(10 / 2) ** 0.5 * 4, (8 / 2) ** 0.5 * 3],
         "minitron": [4.0, 4.0],
         "flap": [(5 - 4) * 16, (4 - 0) * 9],
         "magnitude": [5.0, 5.0],
     }
-    for score, values in wanted.items():
+    scores: list[Score] = ["output", "wanda-sp", "minitron", "flap", "magnitude"]
+    assert set(scores) == set(wanted)
+    for score in scores:
+        values = wanted[score]
         torch.testing.assert_close(channel_scores(score, block, gram), torch.tensor(values).float())
 
 
@@ -262,7 +269,7 @@ def test_a_massive_channel_does_not_hinder_the_others_refit():
     torch.testing.assert_close(found, torch.tensor([[5.0, 1.0]]), rtol=0.02, atol=0)
 
 
-def test_too_many_channels_to_eliminate_are_scored(monkeypatch):
+def test_too_many_channels_to_eliminate_are_scored(monkeypatch: Any):
     torch.manual_seed(8)
     gram, down = gram_of(torch.randn(50, 6), 3), torch.randn(3, 6)
     block = Gated(torch.randn(6, 3), torch.randn(6, 3), down)
@@ -286,7 +293,7 @@ def test_heads_are_those_of_least_damage():
     assert choose_heads(weight, gram, heads=6, kv_heads=2, keep=2, keep_kv=2).query == best
 
 
-def test_greedy_heads_agree_with_enumeration_when_one_head_goes(monkeypatch):
+def test_greedy_heads_agree_with_enumeration_when_one_head_goes(monkeypatch: Any):
     torch.manual_seed(2)
     gram, weight = gram_of(torch.randn(100, 24), 6), torch.randn(6, 24)
     arguments = {"heads": 6, "kv_heads": 1, "keep": 5, "keep_kv": 1}
@@ -298,17 +305,17 @@ def test_greedy_heads_agree_with_enumeration_when_one_head_goes(monkeypatch):
 @pytest.mark.parametrize(
     ("params", "wanted"), [("0.75", 75), ("1", 100), ("50", 50), ("0.05K", 50), (".5", 50), ("0.00005M", 50)]
 )
-def test_params_as_share_or_count(params, wanted):
+def test_params_as_share_or_count(params: Any, wanted: Any):
     assert plans.wanted_parameters(params, 100) == wanted
 
 
 @pytest.mark.parametrize("params", ["", "1.5", "abc", "0", "-1", "2M", "75%"])
-def test_params_that_cannot_be(params):
+def test_params_that_cannot_be(params: Any):
     with pytest.raises(InputError):
         plans.wanted_parameters(params, 1000)
 
 
-def test_params_choose_the_largest_ffn_within_the_budget(make):
+def test_params_choose_the_largest_ffn_within_the_budget(make: Any):
     model = make(intermediate_size=512)
     shape, extras = shape_of(model), extras_of(model)
     plan = plans.decide(shape, extras, params="0.75")
@@ -328,18 +335,18 @@ def test_params_choose_the_largest_ffn_within_the_budget(make):
         ({"params": "0.1"}, "cannot be reached"),
     ],
 )
-def test_sizes_that_cannot_be(sizes, message, make):
+def test_sizes_that_cannot_be(sizes: Any, message: Any, make: Any):
     model = make()
     with pytest.raises(InputError, match=message):
         plan_for(model, **sizes)
 
 
-def test_heads_that_transformers_would_refuse_on_reload(make):
+def test_heads_that_transformers_would_refuse_on_reload(make: Any):
     with pytest.raises(InputError, match="4 query heads with width 50"):
         plan_for(make(hidden_size=50, num_attention_heads=10), heads=4)
 
 
-def test_a_plan_for_another_model_is_refused(make, text):
+def test_a_plan_for_another_model_is_refused(make: Any, text: Any):
     plan = plan_for(make(num_hidden_layers=3), ffn=8)
     with pytest.raises(ModelError, match="the plan is for 3 layers"):
         prune(make(), plan, text)
@@ -353,7 +360,7 @@ def test_a_plan_for_another_model_is_refused(make, text):
         ({"heads": [0, 1, 2, 3]}, "keeps heads"),
     ],
 )
-def test_a_plan_with_wrong_indices_is_refused(change, message, make, text):
+def test_a_plan_with_wrong_indices_is_refused(change: Any, message: Any, make: Any, text: Any):
     model = make()
     good = LayerPlan(layer=0, channels=list(range(16)), heads=[0, 1, 3, 4], kv_heads=[0, 1])
     plan = msgspec.structs.replace(
@@ -364,13 +371,13 @@ def test_a_plan_with_wrong_indices_is_refused(change, message, make, text):
         prune(model, plan, text)
 
 
-def test_no_calibration_text_is_refused(make):
+def test_no_calibration_text_is_refused(make: Any):
     model = make()
     with pytest.raises(ModelError, match="no calibration text"):
         prune(model, plan_for(model, ffn=16), [])
 
 
-def test_a_full_disk_leaves_no_folder(make, tokenizer, tmp_path: Path):
+def test_a_full_disk_leaves_no_folder(make: Any, tokenizer: Any, tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,28 +27,28 @@ from understudy.errors import InputError
 WIDE = {"intermediate_size": 256, "num_hidden_layers": 3}
 
 
-def smaller(model, **sizes) -> int:
+def smaller(model: Any, **sizes: Any) -> int:
     """Parameters of the model with these sizes."""
     return plans.decide(shape_of(model), extras_of(model), **sizes).parameters_after
 
 
-def searched(model, most: int, text, **sizes):
+def searched(model: Any, most: int, text: Any, **sizes: Any):
     start = plans.decide(shape_of(model), extras_of(model), **sizes).student
-    budget = Budget(lambda shape: parameters(shape, extras_of(model)), most, f"{most} parameters")
+    budget = Budget(partial(parameters, extras=extras_of(model)), most, f"{most} parameters")
     return cheapest(model, start, budget, text[:-1], text[-1:])
 
 
-def kill_heads(model) -> None:
+def kill_heads(model: Any) -> None:
     for layer in layers_of(model):
         layer.o.weight[:, head_columns([0, 4], 8)] = 0
 
 
-def kill_channels(model) -> None:
+def kill_channels(model: Any) -> None:
     for layer in layers_of(model):
         layer.down.weight[:, 1::2] = 0
 
 
-def kill_layer(model) -> None:
+def kill_layer(model: Any) -> None:
     layers_of(model)[1].o.weight.zero_()
     layers_of(model)[1].down.weight.zero_()
 
@@ -56,7 +59,7 @@ def kill_layer(model) -> None:
     [(kill_heads, {"heads": 4}), (kill_channels, {"ffn": 128}), (kill_layer, {"layers": 2})],
     ids=["heads", "channels", "a layer"],
 )
-def test_what_is_dead_is_what_goes(kill, sizes, make, text):
+def test_what_is_dead_is_what_goes(kill: Any, sizes: Any, make: Any, text: Any):
     model = make(**WIDE)
     kill(model)
     before = copy.deepcopy(model.state_dict())
@@ -70,7 +73,7 @@ def test_what_is_dead_is_what_goes(kill, sizes, make, text):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("share", [0.85, 0.5])
-def test_every_family_stays_within_its_budget(family, share, make, text):
+def test_every_family_stays_within_its_budget(family: Any, share: Any, make: Any, text: Any):
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     model = make(family, **WIDE, **({"layer_types": kinds} if family == "gemma3_text" else {}))
     most = int(share * model.num_parameters())
@@ -81,7 +84,7 @@ def test_every_family_stays_within_its_budget(family, share, make, text):
     assert all(m.kl == m.kl for m in found)
 
 
-def test_axes_that_were_named_stay(make, text):
+def test_axes_that_were_named_stay(make: Any, text: Any):
     model = make(**WIDE)
     found = searched(model, int(0.6 * model.num_parameters()), text, heads=4, layers=2)
     assert {(m.shape.heads, m.shape.layers) for m in found if m.axis == "plan"} == {(4, 2)}
@@ -89,7 +92,7 @@ def test_axes_that_were_named_stay(make, text):
 
 
 @torch.no_grad()
-def test_a_trial_is_the_model_cut_by_hand(make, text):
+def test_a_trial_is_the_model_cut_by_hand(make: Any, text: Any):
     """Each layer refitted on the untouched model's statistics, then the whole run."""
     model = make(**WIDE)
     found = next(m for m in searched(model, smaller(model, ffn=64), text) if m.axis == "ffn")
@@ -105,24 +108,28 @@ def test_a_trial_is_the_model_cut_by_hand(make, text):
     assert found.kl == pytest.approx(divergence(*sides), rel=1e-3)
 
 
-def test_an_unreachable_budget_measures_nothing(make, text):
+def test_an_unreachable_budget_measures_nothing(make: Any, text: Any):
     steps: list[str] = []
+
+    def told(step: str, done: int, total: int, note: str = "") -> None:
+        steps.append(step)
+
     model = make(**WIDE)
-    budget = Budget(lambda shape: parameters(shape, extras_of(model)), 900, "900 parameters")
+    budget = Budget(partial(parameters, extras=extras_of(model)), 900, "900 parameters")
     with pytest.raises(InputError, match="900 parameters cannot be reached"):
-        cheapest(model, shape_of(model), budget, text[:-1], text[-1:], lambda step, *_: steps.append(step))
+        cheapest(model, shape_of(model), budget, text[:-1], text[-1:], told)
     assert steps == []
 
 
-def test_a_budget_in_whatever_unit(make, text):
+def test_a_budget_in_whatever_unit(make: Any, text: Any):
     """Seconds a token, say: the cost is any function that grows with the shape."""
     model = make(**WIDE)
-    found = cheapest(model, shape_of(model), Budget(lambda s: s.layers, 2.0, "two"), text[:-1], text[-1:])
+    found = cheapest(model, shape_of(model), Budget(attrgetter("layers"), 2.0, "two"), text[:-1], text[-1:])
     assert found[0].shape.layers == 2
     assert found[0].shape.ffn == 256
 
 
-def test_without_texts_a_rule_decides(make, tokenizer, documents, tmp_path: Path):
+def test_without_texts_a_rule_decides(make: Any, tokenizer: Any, documents: Any, tmp_path: Path):
     loaded = checkpoint.load(checkpoint.save(make(**WIDE), tokenizer, tmp_path / "teacher"))
     shape = shape_of(loaded.model)
     assert decided(shape, loaded, Sizes(params="0.7")).measured == []
@@ -132,14 +139,14 @@ def test_without_texts_a_rule_decides(make, tokenizer, documents, tmp_path: Path
     assert "least measured KL" in plan.reason
 
 
-def test_one_text_is_divided(make, tokenizer, tmp_path: Path):
+def test_one_text_is_divided(make: Any, tokenizer: Any, tmp_path: Path):
     loaded = checkpoint.load(checkpoint.save(make(**WIDE), tokenizer, tmp_path / "teacher"))
     long = corpus.encode_text(tokenizer, "the cat sat on a mat because it is warm " * 90)
     plan = decided(shape_of(loaded.model), loaded, Sizes(params="0.7"), lambda: [long])
     assert plan.measured
 
 
-def test_a_latency_is_reached_as_measured(make, tokenizer, documents, tmp_path: Path):
+def test_a_latency_is_reached_as_measured(make: Any, tokenizer: Any, documents: Any, tmp_path: Path):
     """The engine's clock is stood in for: it charges heads more than the fitted cost knows of."""
     from safetensors import safe_open
 
@@ -168,7 +175,7 @@ def test_a_latency_is_reached_as_measured(make, tokenizer, documents, tmp_path: 
         wanted(1000 * whole)
 
 
-def test_a_latency_beside_a_size_is_refused(make, tokenizer, documents, tmp_path: Path):
+def test_a_latency_beside_a_size_is_refused(make: Any, tokenizer: Any, documents: Any, tmp_path: Path):
     loaded = checkpoint.load(checkpoint.save(make(**WIDE), tokenizer, tmp_path / "teacher"))
     for sizes in (Sizes(latency=9.0, params="0.5"), Sizes(latency=9.0, ffn=64)):
         with pytest.raises(InputError, match="latency = 9 tokens"):

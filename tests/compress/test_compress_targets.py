@@ -13,10 +13,9 @@ from understudy.compress import plan as plans
 from understudy.compress import targets
 from understudy.compress.capture import Live, Part, part_of
 from understudy.compress.capture import capture as capture_
-from understudy.compress.corpus import Row, collate, pack
+from understudy.compress.corpus import Document, Row, collate, pack
 from understudy.compress.decoder import extras_of, shape_of
 from understudy.compress.distill import Corpus, Settings, heal
-from understudy.compress.document import Document
 from understudy.compress.fidelity import side_of
 from understudy.compress.losses import Rows, distillation_loss, kl_rows
 from understudy.compress.prune import prune

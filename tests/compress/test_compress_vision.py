@@ -21,7 +21,7 @@ from understudy.cli.compress import prune as prune_command
 from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import enter
-from understudy.compress.corpus import Batch, Row, batches, collate, encode_chat, pack
+from understudy.compress.corpus import Batch, Document, Row, batches, collate, encode_chat, pack
 from understudy.compress.decoder import (
     body,
     extras_of,
@@ -32,7 +32,6 @@ from understudy.compress.decoder import (
     states_of,
 )
 from understudy.compress.distill import Corpus, Settings, heal
-from understudy.compress.document import Document
 from understudy.compress.fidelity import fidelity, final_hidden
 from understudy.compress.projector import reduced
 from understudy.compress.prune import prune

@@ -24,9 +24,8 @@ from understudy.child import running
 from understudy.cli.compress import own as own_command
 from understudy.cli.evaluate import evaluate, verify
 from understudy.compress import checkpoint
-from understudy.compress.corpus import collate, encode_chat, pack
+from understudy.compress.corpus import Chat, collate, encode_chat, pack
 from understudy.compress.decoder import outside_weights, states_of
-from understudy.compress.document import Chat
 from understudy.config import Serve
 from understudy.serve.server import start
 
