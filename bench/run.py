@@ -20,6 +20,7 @@ BENCHES = (
     "recording",
     "catalog",
     "evaluate",
+    "agreement",
     "rollout",
     "shadow",
     "dashboard",

@@ -11,7 +11,7 @@ import asyncio
 import platform
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, AsyncExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -31,6 +31,7 @@ from understudy.errors import InputError
 from understudy.evaluate import benchmarks, replay
 from understudy.evaluate.certificate import CERTIFICATE, Certificate, Question, write_question
 from understudy.evaluate.certify import write as certify_folder
+from understudy.evaluate.judge import refuse_kin
 from understudy.evaluate.performance import (
     ModelSheet,
     Sample,
@@ -40,7 +41,8 @@ from understudy.evaluate.performance import (
     write_performance,
 )
 from understudy.evaluate.proof import Proof
-from understudy.evaluate.trial import connect
+from understudy.evaluate.trial import connect, judge_of, price_of
+from understudy.evaluate.users import marks_of, write_marks
 from understudy.evaluate.verify import verify
 from understudy.protocol import Answer
 from understudy.rollout.move import move
@@ -449,7 +451,10 @@ class Proven(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prove_candidates(stage: Drill) -> None:
+    if stage.config.evaluate.judge:
+        refuse_kin(stage.config.evaluate.judge, [stage.incumbent, *stage.candidates])
     _write_question(stage)
+    write_marks(stage.evidence, marks_of(exchanges(stage.store, stage.alias, only_ok=False)))
     with stage.serving():
         proofs = [asyncio.run(_prove(stage, target)) for target in stage.candidates]
         for target in (stage.incumbent, *stage.candidates):
@@ -497,7 +502,7 @@ async def _prove(stage: Drill, target: str) -> Proof:
         note = f"{target}: e(pass) {p.e_pass:.3g}, e(fail) {p.e_fail:.3g}"
         stage.audience.progress("prove", p.calls, p.items, note)
 
-    async with stage.endpoint(target) as candidate:
+    async with stage.endpoint(target) as candidate, AsyncExitStack() as stack:
         return await replay.prove(
             candidate,
             stage.split.held_out,
@@ -505,6 +510,8 @@ async def _prove(stage: Drill, target: str) -> Proof:
             evidence=stage.evidence,
             candidates=len(stage.candidates),
             progress=shown,
+            price=price_of(stage.config, target) if stage.config.evaluate.budget_usd else None,
+            judge=await judge_of(stage.config, stage.config.evaluate, stack),
         )
 
 

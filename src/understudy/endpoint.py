@@ -186,7 +186,7 @@ class HttpEndpoint:
     def _decode(self, raw: bytes) -> Json:
         try:
             return cast(Json, msgspec.json.decode(raw, type=dict))
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise EndpointError(
                 f"{self.name} answered something that is not JSON: {raw[:80]!r}",
                 expected="a JSON object",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from understudy.errors import InputError
@@ -19,6 +22,7 @@ from understudy.evaluate.grade import (
     reply_of,
     standard,
 )
+from understudy.evaluate.pattern import found
 from understudy.traffic.sample import Exchange
 
 TABLE: list[tuple[GraderName, str, str, float]] = [
@@ -142,3 +146,44 @@ def test_pieces() -> None:
     assert not is_json("{a}")
     assert refuses("I’m sorry, I can't help with that")
     assert not refuses("The tower is tall. I can see it.")
+
+
+@pytest.mark.parametrize(
+    ("grader", "answer", "expected"),
+    [
+        ("json", "```" + " " * 50_000 + "x", "{}"),
+        ("code", "```" + " " * 50_000, "raise SystemExit"),
+        ("json", "[" * 100_000, "{}"),
+        ("json", "[" * 900 + "]" * 900, "{}"),
+        ("schema", "[" * 900 + "]" * 900, '{"$ref": "#"}'),
+        ("match", "x", "[" * 100_000),
+        ("regex", "a" * 40 + "!", "^(a+)+$"),
+        ("schema", '"' + "a" * 40 + '!"', '{"pattern": "^(a|aa)+$"}'),
+        ("schema", "1e308", '{"multipleOf": 1e-10}'),
+        ("numeric", "9" * 5_000, "1"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_no_answer_stalls_or_ends_an_evaluation(grader: GraderName, answer: str, expected: str) -> None:
+    """Each took minutes, or ended the run with a traceback."""
+    started = time.process_time()
+    if grader == "schema" and "$ref" in expected:
+        with pytest.raises(InputError, match="levels"):
+            grade(grader, Reply(answer), expected)
+    else:
+        assert grade(grader, Reply(answer), expected) == 0.0
+    assert time.process_time() - started < 3
+
+
+def test_a_pattern_in_another_thread_is_not_searched_without_end() -> None:
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(found, "b$", "a" * 10 + "b").result()
+        assert not thread.submit(found, "b$", "a" * 200_000 + "b").result()
+
+
+@pytest.mark.parametrize(
+    ("grader", "expected"), [("regex", "("), ("tool_calls", "not json"), ("schema", '{"multipleOf": 0}')]
+)
+def test_what_a_grader_cannot_use_is_named(grader: GraderName, expected: str) -> None:
+    with pytest.raises(InputError):
+        grade(grader, Reply("3"), expected)

@@ -14,12 +14,13 @@ import pytest
 from understudy import config
 from understudy.endpoint import ScriptedModel
 from understudy.errors import InputError
+from understudy.evaluate.doubt import Preference
 from understudy.evaluate.evidence import item_of
 from understudy.evaluate.item import Item
 from understudy.evaluate.judge import JudgedHeader, Judgement, file_name, read_lines
 from understudy.evaluate.metrics import metrics_of, primary
 from understudy.evaluate.panel import LOOKED_AT, Panel, Rates
-from understudy.evaluate.proof import Preference, Proof, weigh
+from understudy.evaluate.proof import Proof, weigh
 from understudy.evaluate.replay import Bench, forecast, prove
 from understudy.evaluate.sequential import Verdict
 from understudy.traffic.sample import Exchange
@@ -265,3 +266,34 @@ def test_the_forecast_names_what_a_pass_needs_and_counts_the_judge() -> None:
     assert told.rests_on == ["correct", "preferred"]
     assert 0 < told.judge_calls <= told.judge_calls_most == 100
     assert told.expected_if_worse < told.expected_if_as_good
+
+
+async def test_nought_beside_nought_is_no_pass(tmp_path: Path) -> None:
+    """Neither is ever right: not worse, and nothing known."""
+    sample = traffic(300, 0, right=0.0)
+    proof = await prove(candidate({"known": "no"}), sample, SETTINGS, evidence=tmp_path)
+    assert (proof.verdict, proof.incumbent_mean, proof.candidate_mean) == ("UNDECIDED", 0.0, 0.0)
+    assert proof.metrics[0].verdict == "PASS"  # what the test alone would say
+    [doubt] = proof.doubts
+    assert "“correct” tells nothing apart here: the incumbent scores 0.0% on it" in doubt
+
+
+async def test_a_grader_that_takes_anything_is_no_pass(tmp_path: Path) -> None:
+    sample = [e._replace(expected=".*", tags={"grader": "regex"}) for e in traffic(300, 0)]
+    proof = await prove(candidate({"known": "whatever"}), sample, SETTINGS, evidence=tmp_path)
+    assert proof.verdict == "UNDECIDED"
+    assert "an empty answer to every question 100.0%" in proof.doubts[0]
+
+
+async def test_all_right_beside_all_right_is_a_pass(tmp_path: Path) -> None:
+    """All scores alike, and yet a wrong answer would have shown."""
+    proof = await prove(candidate({"known": "yes"}), traffic(300, 0, right=1.0), SETTINGS, evidence=tmp_path)
+    assert (proof.verdict, proof.doubts) == ("PASS", [])
+
+
+async def test_a_judge_that_calls_everything_even_is_no_pass(tmp_path: Path) -> None:
+    judge = ScriptedModel("other/claude", lambda request: "verdict: TIE")
+    model = candidate({"open": "something else"})
+    proof = await prove(model, traffic(0, 300), JUDGED, evidence=tmp_path, judge=Bench(judge))
+    assert proof.verdict == "UNDECIDED"
+    assert "pairs of unlike answers even" in proof.doubts[0]

@@ -91,6 +91,47 @@ def test_no_process_outlives_it(tmp_path: Path) -> None:
     assert f"sleep({mark})" not in listed
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os, signal; os.kill(os.getppid(), signal.SIGKILL)",  # 0 in there: its whole process group
+        "import os, signal; os.killpg(0, signal.SIGKILL)",
+        "import os, signal; os.kill(-1, signal.SIGKILL)",
+    ],
+)
+def test_it_cannot_kill_those_who_wait_for_it(program: str) -> None:
+    """In a process of our own, that it would take with it."""
+    child = f"from understudy.evaluate.sandbox import run; print(run({program!r}).passed)"
+    done = subprocess.run(
+        [sys.executable, "-c", child], capture_output=True, text=True, start_new_session=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "False")
+
+
+def test_no_second_process_however_it_is_asked_for() -> None:
+    """Root's processes are not counted, so they are not made at all; threads are."""
+    for call in ("os.fork()", "os.posix_spawn('/bin/true', ['true'], {})", "os.forkpty()"):
+        assert not run(f"import os; {call}").passed
+    assert not run("import subprocess; subprocess.run(['/bin/true'])").passed
+    assert run("import threading; t = threading.Thread(target=int); t.start(); t.join()").passed
+
+
+def test_no_more_disk_than_it_was_given(tmp_path: Path) -> None:
+    fill = "for i in range({}): open(str(i), 'wb').write(bytes({}))"
+    assert run(fill.format(4, 2**20)).passed
+    assert not run(fill.format(10, 10 * 2**20)).passed
+    assert not run(fill.format(5000, 0)).passed
+
+
+@pytest.mark.parametrize("how", ["os.symlink({0!r}, 'l')", "os.link({0!r}, 'l')", "os.rename({0!r}, 'l')"])
+def test_no_link_leads_out(tmp_path: Path, how: str) -> None:
+    secret = tmp_path / "key"
+    secret.write_text("secret")
+    assert not run(f"import os; {how.format(str(secret))}; open('l').read()").passed
+    assert not run(f"import os; {how.format(str(secret))}; open('l', 'w').write('x')").passed
+    assert secret.read_text() == "secret"
+
+
 def test_without_protection_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     sandbox._protection.cache_clear()

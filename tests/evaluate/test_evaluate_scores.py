@@ -172,3 +172,17 @@ def test_the_clustered_error_is_the_sandwich() -> None:
     assert got.difference == 0.5
     assert got.high - got.difference == pytest.approx(1.6448536 * 0.5, rel=1e-6)
     assert generalise([("a", 1.0)], Interval(0.0, 0.0, 0.9)) is None
+
+
+def test_an_incumbent_that_scores_nothing_cannot_be_failed_against(tmp_path: Path) -> None:
+    """All nought on both sides: no PASS, in one order or in many."""
+    path = tmp_path / "scores.csv"
+    rows = [f"i{i},,{model},0" for i in range(200) for model in ("old", "new")]
+    path.write_text("\n".join(["item,cluster,model,score", *rows]) + "\n")
+    code, said = invoke(str(path), "--incumbent", "old", "--candidate", "new", "--json")
+    told = json.loads(said)
+    assert (code, told["verdict"]) == (0, "UNDECIDED")
+    assert "scores of 0 on every item would have passed" in told["doubts"][0]
+    assert "doubt " in invoke(str(path), "--incumbent", "old", "--candidate", "new")[1]
+    table = read(path)
+    assert repeated(table, "old", "new", Design(0.03), seed=1, repeats=3).verdicts == {"UNDECIDED": 3}

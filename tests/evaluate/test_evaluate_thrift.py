@@ -12,6 +12,8 @@ import pytest
 from understudy import config
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EndpointError, InputError
+from understudy.evaluate.evidence import ProofHeader, file_name, read_lines
+from understudy.evaluate.item import Call
 from understudy.evaluate.replay import forecast, prove
 from understudy.evaluate.thrift import CachedEndpoint, PacedEndpoint, Purse
 from understudy.protocol import Usage
@@ -130,3 +132,32 @@ async def test_the_pace_is_even_however_many_ask_at_once() -> None:
     now = 200.0
     await endpoint.complete({"prompt": "q"})
     assert len(waited) == 4
+
+
+async def test_a_verbose_candidate_does_not_overrun_the_money_with_what_is_in_flight(
+    tmp_path: Path, sample: Sample
+) -> None:
+    """Each answer costs twenty times what the recorded one did, and 64 might be in flight."""
+    verbose = ScriptedModel("local/new", lambda request: "word " * 20, delay_s=0.01)
+    settings = config.Evaluate(margin=0.05, concurrency=64, seed=2, budget_usd=1.0)
+    proof = await prove(
+        verbose, sample(300), settings, evidence=tmp_path, price=lambda usage: usage.completion_tokens / 100
+    )
+    assert proof.paid == 5
+
+
+async def test_a_pace_that_is_wrong_ends_the_run_and_scores_nothing(tmp_path: Path, sample: Sample) -> None:
+    class Busy(ScriptedModel):
+        async def chat(self, request: Any) -> Any:
+            if self.calls == 7:
+                raise EndpointError("local/new answered 429: slow down", status=429)
+            return await super().chat(request)
+
+    model = Busy("local/new", lambda request: "yes")
+    with pytest.raises(EndpointError, match="429"):
+        await prove(model, sample(120), SETTINGS, evidence=tmp_path)
+    kept = read_lines(tmp_path / file_name("local/new"), ProofHeader, Call).records
+    assert [call.error for call in kept] == [""] * len(kept)
+    calm = ScriptedModel("local/new", lambda request: "yes")
+    proof = await prove(calm, sample(120), SETTINGS, evidence=tmp_path)
+    assert (proof.paid, calm.calls) == (len(kept) + calm.calls, proof.paid - len(kept))

@@ -176,6 +176,8 @@ def _print_study(result: Study) -> None:
             f"other items     {points(result.future.low)} to {points(result.future.high)} points"
             f" ({result.future.clusters:,} clusters seen)"
         )
+    for line in result.doubts:
+        click.echo(f"doubt           {line}")
     if result.unpaired:
         click.echo(f"left out        {result.unpaired:,} score(s) of items that only one model has")
 

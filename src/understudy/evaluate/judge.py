@@ -26,10 +26,10 @@ import msgspec
 from understudy.endpoint import Endpoint
 from understudy.errors import EndpointError, EvidenceError, InputError
 from understudy.evaluate.asking import MISCONFIGURED, asked
+from understudy.evaluate.doubt import Preference
 from understudy.evaluate.evidence import EXCHANGES, Journal, Lines, file_name, read_lines, sha256_of
 from understudy.evaluate.grade import Reply, grade, reply_of
 from understudy.evaluate.item import Call, Item
-from understudy.evaluate.proof import Preference
 from understudy.evaluate.sequential import shuffled
 from understudy.evaluate.task import NORMAL_95, ratio
 from understudy.evaluate.workers import side_by_side

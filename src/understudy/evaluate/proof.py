@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 import msgspec
 
+from understudy.evaluate.doubt import Preference, doubts
 from understudy.evaluate.evidence import ProofHeader
 from understudy.evaluate.grade import calls_exist, grade, is_json, refuses
 from understudy.evaluate.item import Call, Item
@@ -26,8 +27,6 @@ PATH_POINTS = 200
 """Points of the e-value path kept for the plot."""
 EXAMPLES = 60
 """Answers shown side by side, those that differ most."""
-SILENT_JUDGE = 0.10
-"""Share of pairs without a judge's verdict from which its word carries no PASS and no FAIL."""
 SUCCESS = 0.5
 """Score from which on a task counts as completed."""
 TOLERATED_RATE = 0.02
@@ -175,14 +174,6 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     candidate_tokens: Tokens
 
 
-class Preference(msgspec.Struct, frozen=True):
-    """What people would say, if the judge's word is calibrated on theirs (see judge.Judged)."""
-
-    value: float
-    low: float
-    high: float
-
-
 def weigh(
     header: ProofHeader,
     items: Sequence[Item],
@@ -215,13 +206,13 @@ def told(
     outcome = outcomes[leading.name]
     own = [p for p in pairs if leading.scores(p.item)]
     scores = [walk.scores(p, leading, preferences) for p in own]
-    doubts = _doubts(panel, pairs, preferences, people)
+    against = doubts(walk, preferences, people)
     return Proof(
         candidate=header.candidate,
         incumbent=header.incumbent,
-        verdict=Verdict.UNDECIDED if doubts else panel.verdict,
+        verdict=Verdict.UNDECIDED if against else panel.verdict,
         rests_on=_rests_on(panel, items),
-        doubts=doubts,
+        doubts=against,
         leading=leading.name,
         metrics=[_result(walk, m, outcomes[m.name], preferences) for m in panel.metrics],
         calls=len(pairs),
@@ -281,29 +272,6 @@ def _walked(
             break
         walk.take(item, call, preferences.get(key))
     return walk
-
-
-def _doubts(
-    panel: Panel,
-    pairs: Sequence[Pair],
-    preferences: Mapping[str, float | None],
-    people: Preference | None,
-) -> list[str]:
-    """What speaks against a verdict that the tests have reached."""
-    judged = [p for p in pairs if p.metric.basis == "judge" and p.item.key in preferences]
-    if not judged or panel.verdict is Verdict.UNDECIDED:
-        return []
-    doubts: list[str] = []
-    silent = _mean(float(preferences[p.item.key] is None) for p in judged)
-    if silent > SILENT_JUDGE:
-        doubts.append(f"The judge gave no verdict on {silent:.0%} of the pairs: its word decides nothing.")
-    margin = judged[0].metric.margin
-    if people and panel.verdict is Verdict.PASS and people.high < 0.5 - margin:
-        doubts.append(
-            f"People prefer the incumbent (the candidate in {people.value:.0%}, at most {people.high:.0%}):"
-            " the judge's PASS does not stand."
-        )
-    return doubts
 
 
 def _rests_on(panel: Panel, items: Sequence[Item]) -> str:

@@ -51,6 +51,8 @@ DISAGREES = 0.2
 """Share of items on which an imagined candidate as good as the incumbent answers otherwise."""
 SILENCES = 3
 """Calls in a row without any answer after which the endpoint counts as gone."""
+FEELERS = 4
+"""Calls side by side before a first answer has told what one costs."""
 REPEATED_ITEMS = 20
 """Questions asked again where repeats are wanted: the first of the committed order."""
 
@@ -248,6 +250,8 @@ class _Replay:
         self._waiting: deque[asyncio.Future[None]] = deque()
         """Workers with nothing to take; each is woken alone, for waking thousands at every call costs more
         than the calls."""
+        self._broke = False
+        """The money does not reach for another call."""
         self._silent: list[Call] = []
         self._progress = progress
 
@@ -278,29 +282,43 @@ class _Replay:
         while not self._exhausted:
             key = self._order[self._next]
             if self._room <= 0:
-                self._waiting.append(asyncio.get_running_loop().create_future())
-                await self._waiting[-1]
+                await self._woken()
             elif not self._panel.wants(self._items[key]):
                 self._next += 1
             elif self._ready(key):
                 self._next, self._asked = self._next + 1, self._asked + 1
             elif not self._affordable(key):
-                return None
+                # what is in flight may cost less than is held for it
+                if len(self._pending) > len(self._silent):
+                    await self._woken()
+                else:
+                    self._broke = True
+                    self._wake()
             else:
                 self._next, self._asked = self._next + 1, self._asked + 1
                 self._pending.add(key)
                 return key
         return None
 
+    async def _woken(self) -> None:
+        """Wait until there may be something to take."""
+        self._waiting.append(asyncio.get_running_loop().create_future())
+        await self._waiting[-1]
+
     @property
     def _exhausted(self) -> bool:
         """Nothing is left to take."""
-        return self._over or self._next == len(self._order) or self._asked == self._budget
+        return self._over or self._broke or self._next == len(self._order) or self._asked == self._budget
 
     @property
     def _room(self) -> int:
-        """Items that may be taken now."""
-        return self._ahead + len(self._silent) - len(self._pending)
+        """Items that may be taken now.
+
+        Under a budget in money the calls in flight grow with the answers: what a call costs is known only
+        then, and what is in flight at the end of the money is paid for too.
+        """
+        ahead = self._ahead if self.purse is None else min(self._ahead, FEELERS + len(self.calls))
+        return ahead + len(self._silent) - len(self._pending)
 
     def _wake(self) -> None:
         """Let as many workers look again as there is something to take for; all when there is nothing."""

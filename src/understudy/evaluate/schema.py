@@ -9,11 +9,11 @@ Source: JSON Schema 2020-12, json-schema.org/draft/2020-12 (validation and appli
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 from understudy.errors import InputError
+from understudy.evaluate.pattern import found
 from understudy.protocol import Json
 
 DEEPEST = 64
@@ -93,12 +93,12 @@ def equal(one: object, other: object) -> bool:
 def _reference(at: _At, wanted: Any, value: object) -> bool:
     if not str(wanted).startswith("#"):
         raise InputError(f"JSON Schema reference {wanted!r}", expected="one within the schema: #/$defs/NAME")
-    found: Any = at.root
+    place: Any = at.root
     for part in str(wanted)[1:].split("/")[1:]:
-        found = cast(Json, found).get(part.replace("~1", "/").replace("~0", "~")) if found else None
-    if found is None:
+        place = cast(Json, place).get(part.replace("~1", "/").replace("~0", "~")) if place else None
+    if place is None:
         raise InputError(f"JSON Schema reference {wanted!r} leads nowhere", expected="a part of the schema")
-    return _inner(at, found, value)
+    return _inner(at, place, value)
 
 
 def _properties(at: _At, wanted: Any, value: object) -> bool:
@@ -112,7 +112,7 @@ def _matching(at: _At, wanted: Any, value: object) -> bool:
     if not isinstance(value, dict):
         return True
     fields = cast(Json, value).items()
-    return all(_inner(at, s, v) for pattern, s in wanted.items() for n, v in fields if re.search(pattern, n))
+    return all(_inner(at, s, v) for pattern, s in wanted.items() for n, v in fields if found(pattern, n))
 
 
 def _additional(at: _At, wanted: Any, value: object) -> bool:
@@ -121,9 +121,7 @@ def _additional(at: _At, wanted: Any, value: object) -> bool:
     named = cast(Json, at.schema.get("properties") or {})
     patterns = cast(Json, at.schema.get("patternProperties") or {})
     others = [
-        v
-        for n, v in cast(Json, value).items()
-        if n not in named and not any(re.search(p, n) for p in patterns)
+        v for n, v in cast(Json, value).items() if n not in named and not any(found(p, n) for p in patterns)
     ]
     return all(_inner(at, wanted, v) for v in others)
 
@@ -145,15 +143,17 @@ def _first_items(at: _At, wanted: Any, value: object) -> bool:
 def _unique(at: _At, wanted: Any, value: object) -> bool:
     if not wanted or not isinstance(value, list):
         return True
-    found = cast(list[object], value)
-    return not any(equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    held = cast(list[object], value)
+    return not any(equal(a, b) for i, a in enumerate(held) for b in held[:i])
 
 
 def _multiple(at: _At, wanted: Any, value: object) -> bool:
     if not _is_number(value):
         return True
+    if wanted <= 0:
+        raise InputError(f"JSON Schema multipleOf {wanted}", expected="a number above 0")
     times = cast(float, value) / wanted
-    return math.isclose(times, round(times), abs_tol=1e-9)
+    return math.isfinite(times) and math.isclose(times, round(times), abs_tol=1e-9)
 
 
 def _size(kind: type | tuple[type, ...], holds: Callable[[int, Any], bool]) -> _Check:
@@ -185,7 +185,7 @@ _CHECKS: dict[str, _Check] = {
     "uniqueItems": _unique,
     "minLength": _size(str, lambda n, w: n >= w),
     "maxLength": _size(str, lambda n, w: n <= w),
-    "pattern": lambda at, wanted, value: not isinstance(value, str) or bool(re.search(wanted, value)),
+    "pattern": lambda at, wanted, value: not isinstance(value, str) or found(str(wanted), value),
     "minimum": _number(lambda v, w: v >= w),
     "maximum": _number(lambda v, w: v <= w),
     "exclusiveMinimum": _number(lambda v, w: v > w),

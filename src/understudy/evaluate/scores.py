@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from understudy.errors import InputError
+from understudy.evaluate.doubt import blind_scores
 from understudy.evaluate.sequential import Design, Interval, Outcome, SequentialTest, Unit, Verdict, shuffled
 
 Draws = Literal["item", "cluster"]
@@ -93,6 +94,8 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     unpaired: int
     """Items scored for only one of the two; left out."""
     future: Generalisation | None = None
+    doubts: list[str] = []
+    """Why a PASS was withheld; none where it was not."""
 
 
 class Repeated(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,7 +277,15 @@ def _decide(paired: _Paired, design: Design, order: Sequence[str]) -> _Run:
         seen.extend(items)
         if test.observe(paired.units[key], math.fsum(paired.candidate[i] for i in items)) != "UNDECIDED":
             break
-    return _Run(test.outcome(), seen)
+    outcome = test.outcome()
+    if outcome.verdict is Verdict.PASS and _doubts(paired, design):
+        outcome = outcome._replace(verdict=Verdict.UNDECIDED)
+    return _Run(outcome, seen)
+
+
+def _doubts(paired: _Paired, design: Design) -> list[str]:
+    line = blind_scores(list(paired.incumbent.values()), design.margin)
+    return [line] if line else []
 
 
 def study(
@@ -305,6 +316,7 @@ def study(
         clusters=len(clusters),
         unpaired=paired.unpaired,
         future=generalise(differences, outcome.interval),
+        doubts=_doubts(paired, design) if outcome.verdict is Verdict.UNDECIDED else [],
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -133,15 +134,18 @@ class Purse:
         self._limit = limit
         self._price = price
         self._held: dict[str, float] = {}
+        self._reserved = 0.0
+        """Sum of what is held."""
         self._dearest = 0.0
 
     def reserve(self, key: str, expected: Usage | None) -> bool:
         """Hold what a call is expected to cost: the recorded call's tokens at this price, or the dearest call
         so far where that is more. False, holding nothing, when it does not fit."""
         guess = max(self._price(expected or Usage()) or 0.0, self._dearest)
-        if self.spent + sum(self._held.values()) + guess > self._limit:
+        if self.spent + self._reserved + guess > self._limit:
             return False
         self._held[key] = guess
+        self._reserved += guess
         return True
 
     def charge(self, usd: float) -> None:
@@ -149,8 +153,12 @@ class Purse:
         self.spent += usd
 
     def settle(self, key: str, usage: Usage | None, attempts: int) -> None:
-        """Put what a call cost in the place of what was held; every attempt counts as billed."""
-        self._held.pop(key, None)
+        """Put what a call cost in the place of what was held; every attempt counts as billed. A dearer call
+        than any before raises what is held for those in flight."""
+        self._reserved -= self._held.pop(key, 0.0)
         paid = (self._price(usage or Usage()) or 0.0) * max(attempts, 1)
         self.spent += paid
-        self._dearest = max(self._dearest, paid)
+        if paid > self._dearest:
+            self._dearest = paid
+            self._held = {other: max(held, paid) for other, held in self._held.items()}
+            self._reserved = math.fsum(self._held.values())

@@ -141,7 +141,7 @@ async def evaluate(
         refuse_kin(settings.judge, [incumbent_of(sample), *targets])
     plan = _plan(loaded, alias, incumbent_of(sample), targets, out)
     async with AsyncExitStack() as stack:
-        judge = await _bench(loaded, settings, stack)
+        judge = await judge_of(loaded, settings, stack)
         for client in [await stack.enter_async_context(reach(client)) for client in clients]:
             await prove(
                 thrifty(client, loaded, settings),
@@ -165,7 +165,7 @@ async def evaluate(
     return write(out)
 
 
-async def _bench(loaded: config.Config, settings: config.Evaluate, stack: AsyncExitStack) -> Bench | None:
+async def judge_of(loaded: config.Config, settings: config.Evaluate, stack: AsyncExitStack) -> Bench | None:
     """The config's judge, connected for as long as ``stack`` is open."""
     if not settings.judge:
         return None

@@ -1,0 +1,103 @@
+"""What speaks against a verdict that the tests have reached: a judge that is silent, a metric that is blind.
+
+Not being worse means something only where being worse would have shown. If an empty answer to every question
+would have been "not worse by the margin" too, a PASS says nothing about the candidate; trials call this assay
+sensitivity. It ignores doubts about the traffic itself (strata, guards): those are shown beside a verdict.
+
+Source: ICH E10, "Choice of control group and related issues in clinical trials", 2000, §1.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from understudy.evaluate.grade import Reply
+from understudy.evaluate.item import Call
+from understudy.evaluate.metrics import EVEN, Metric
+from understudy.evaluate.sequential import Verdict
+from understudy.evaluate.walk import Pair, Walk
+
+SILENT_JUDGE = 0.10
+"""Share of pairs without a judge's verdict from which its word carries no PASS and no FAIL."""
+ALWAYS_EVEN = 20
+"""Pairs of unlike answers, all called even, from which a judge counts as one that tells nothing apart."""
+EMPTY = Call(key="", reply=Reply(), score=0.0)
+
+
+class Preference(msgspec.Struct, frozen=True):
+    """What people would say, if the judge's word is calibrated on theirs (see judge.Judged)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def doubts(
+    walk: Walk, preferences: Mapping[str, float | None], people: Preference | None = None
+) -> list[str]:
+    """Why the verdict of a walk must be withheld; none where it stands."""
+    panel = walk.panel
+    if panel.verdict is Verdict.UNDECIDED:
+        return []
+    judged = [p for p in walk.pairs if p.metric.basis == "judge" and p.item.key in preferences]
+    found = _silent(judged, preferences)
+    if panel.verdict is Verdict.PASS:
+        found += _against_people(judged, people)
+        found += [line for metric in panel.required if (line := _blind(walk, metric, judged, preferences))]
+    return found
+
+
+def _silent(judged: Sequence[Pair], preferences: Mapping[str, float | None]) -> list[str]:
+    silent = _mean([float(preferences[p.item.key] is None) for p in judged])
+    if silent <= SILENT_JUDGE:
+        return []
+    return [f"The judge gave no verdict on {silent:.0%} of the pairs: its word decides nothing."]
+
+
+def _against_people(judged: Sequence[Pair], people: Preference | None) -> list[str]:
+    if not judged or people is None or people.high >= EVEN - judged[0].metric.margin:
+        return []
+    return [
+        f"People prefer the incumbent (the candidate in {people.value:.0%}, at most {people.high:.0%}):"
+        " the judge's PASS does not stand."
+    ]
+
+
+def _blind(
+    walk: Walk, metric: Metric, judged: Sequence[Pair], preferences: Mapping[str, float | None]
+) -> str:
+    """That a metric tells nothing apart; empty where it does."""
+    if metric.basis == "judge":
+        unlike = [p for p in judged if p.item.reply != p.call.reply]
+        said = [one for p in unlike if (one := preferences[p.item.key]) is not None]
+        if len(said) < ALWAYS_EVEN or any(one != EVEN for one in said):
+            return ""
+        return f"The judge called all {len(said)} pairs of unlike answers even: it tells nothing apart."
+    pairs = [p for p in walk.pairs if metric.scores(p.item)]
+    own = _mean([walk.panel.own[metric.name][p.item.key] for p in pairs])
+    empty = _mean([metric.candidate(p.item, EMPTY, None) for p in pairs])
+    if own - empty > metric.margin:
+        return ""
+    return (
+        f"“{metric.name}” tells nothing apart here: the incumbent scores {own:.1%} on it and an empty answer"
+        f" to every question {empty:.1%}, within the margin of {100 * metric.margin:g} points. Any answers"
+        " would have passed; look at the expected answers and the grader."
+    )
+
+
+def blind_scores(incumbent: Sequence[float], margin: float) -> str:
+    """The same of a file of scores, where nothing is known but that 0 is the lowest; empty where it tells."""
+    own = _mean(incumbent)
+    if own > margin:
+        return ""
+    return (
+        f"The incumbent scores {own:.1%}, within the margin of {100 * margin:g} points of nothing:"
+        " scores of 0 on every item would have passed."
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
