@@ -135,6 +135,24 @@ async def test_killed_ten_times_it_pays_for_nothing_twice(tmp_path: Path) -> Non
     assert (proof.verdict, proof.calls, proof.e_pass) == (whole.verdict, whole.calls, whole.e_pass)
 
 
+async def test_killed_after_any_line_or_within_one_it_says_the_same(tmp_path: Path) -> None:
+    """Every state that a kill can leave: after each line, and with the next one half written."""
+    sample = traffic(20)
+    whole = await prove(perfect(), sample, SETTINGS, evidence=tmp_path / "whole")
+    written = (tmp_path / "whole" / file_name("local/new")).read_bytes().splitlines(keepends=True)
+    for kept in range(len(written)):
+        for more in (b"", written[kept][: len(written[kept]) // 2]):
+            folder = tmp_path / f"{kept}{bool(more)}"
+            folder.mkdir()
+            (folder / file_name("local/new")).write_bytes(b"".join(written[:kept]) + more)
+            model = perfect()
+            proof = await prove(model, sample, SETTINGS, evidence=folder)
+            assert (proof.verdict, proof.calls, proof.e_pass) == (whole.verdict, whole.calls, whole.e_pass)
+            keys = [call.key for call in calls_in(folder, "local/new")]
+            assert len(keys) == len(set(keys))
+            assert model.calls == len(keys) - max(kept - 1, 0)
+
+
 async def test_a_finished_proof_is_read_not_repeated(tmp_path: Path) -> None:
     sample = traffic(100)
     first = await prove(perfect(), sample, SETTINGS, evidence=tmp_path)

@@ -134,11 +134,11 @@ def test_no_link_leads_out(tmp_path: Path, how: str) -> None:
 
 def test_without_protection_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    sandbox._protection.cache_clear()
+    sandbox.protection.cache_clear()
     with pytest.raises(InputError, match="not run here"):
         run("print('never')")
     monkeypatch.undo()
-    sandbox._protection.cache_clear()
+    sandbox.protection.cache_clear()
 
 
 def test_similarity_of_texts() -> None:

@@ -28,6 +28,10 @@ def dollars(usage: Usage) -> float:
     return 0.01 if usage.prompt_tokens else 0.0
 
 
+def unknown(usage: Usage) -> None:
+    """Nobody knows what a call costs."""
+
+
 def fair(name: str = "local/new") -> ScriptedModel:
     """As often right as wrong: undecided for long."""
     return ScriptedModel(name, lambda request: "yes" if len(str(request)) % 2 else "no")
@@ -44,7 +48,7 @@ async def test_money_ends_the_run_and_more_money_goes_on(tmp_path: Path, sample:
     assert (await prove(model, sample(120), more, evidence=tmp_path, price=dollars)).paid == 10
 
 
-@pytest.mark.parametrize("price", [None, lambda _: None])
+@pytest.mark.parametrize("price", [None, unknown])
 async def test_a_budget_in_money_needs_a_price(tmp_path: Path, sample: Sample, price: Any) -> None:
     settings = config.Evaluate(budget_usd=1.0)
     with pytest.raises(InputError, match="no price of local/new is known"):
@@ -68,6 +72,7 @@ def test_the_forecast_tells_money(sample: Sample) -> None:
     told = forecast(sample(60), SETTINGS, prices=[dollars, lambda u: u.prompt_tokens / 1000], runs=3)
     assert told.usd_most == pytest.approx(60 * 0.03)
     assert told.usd is not None
+    assert told.usd_most is not None
     assert told.usd <= told.usd_most
     assert forecast(sample(60), SETTINGS, prices=[dollars, lambda _: None], runs=1).usd is None
 

@@ -119,7 +119,7 @@ def run(program: str, *, seconds: int = SECONDS, memory: int = MEMORY_BYTES) -> 
     looks for the right code in its own interpreter can lie; it can harm nobody. Raises InputError where the
     protection cannot be had.
     """
-    unshare = _protection()
+    unshare = protection()
     done = 100 + secrets.randbelow(100)
     with tempfile.TemporaryDirectory(prefix="understudy-") as own:
         limits = [seconds, memory, PROCESSES, FILE_BYTES, DISK_BYTES, FILES]
@@ -152,7 +152,7 @@ def _readable() -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _protection() -> str:
+def protection() -> str:
     """Path of an `unshare` that works here."""
     unshare = shutil.which("unshare")
     if sys.platform != "linux" or unshare is None:
