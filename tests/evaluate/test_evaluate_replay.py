@@ -202,7 +202,10 @@ async def test_the_recorded_parameters_are_asked_without_streaming(tmp_path: Pat
 
 
 async def test_errors_score_zero_and_are_a_guard(tmp_path: Path) -> None:
-    model = perfect(fail=lambda call: call % 2 == 0)
+    def every_other(call: int) -> bool:
+        return call % 2 == 0
+
+    model = perfect(fail=every_other)
     proof = await prove(model, traffic(100), SETTINGS, evidence=tmp_path)
     assert proof.verdict == "FAIL"
     errors = next(g for g in proof.guards if g.name == "errors")
