@@ -34,7 +34,7 @@ def job(folder: Path, chats, tmp_path: Path) -> OwnJob:
 
 
 def test_own_makes_a_student(job):
-    # the refit leaves little to heal: 2,000 tokens help on the texts set aside, and not beyond noise elsewhere
+    # the refit leaves little to heal: 2,000 tokens help on texts set aside, and not beyond noise elsewhere
     job = job._replace(settings=msgspec.structs.replace(SETTINGS, distil_tokens=25_000))
     steps: list[str] = []
     report = own(job, lambda step, *_: steps.append(step))

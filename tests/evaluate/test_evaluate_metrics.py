@@ -278,6 +278,22 @@ async def test_nought_beside_nought_is_no_pass(tmp_path: Path) -> None:
     assert "“correct” tells nothing apart here: the incumbent scores 0.0% on it" in doubt
 
 
+async def test_a_task_that_the_incumbent_never_does_passes_nothing_by_itself(tmp_path: Path) -> None:
+    """The traffic as a whole tells enough; that one task, nought beside nought, does not."""
+    known = [e._replace(key=f"a{e.key}") for e in traffic(150, 0, right=1.0)]
+    failed = [e._replace(expected="yes") for e in traffic(0, 60, right=0.0)]
+
+    def script(request: Mapping[str, Any]) -> str:
+        task, number = str(request["messages"][0]["content"]).split()
+        return "yes" if task == "known" and int(number) % 30 else "no"
+
+    proof = await prove(ScriptedModel("local/new", script), [*known, *failed], SETTINGS, evidence=tmp_path)
+    assert (proof.verdict, proof.doubts) == ("PASS", [])
+    [blind] = [s for s in proof.strata if s.task == "open"]
+    assert (blind.difference, blind.verdict) == (0.0, "UNDECIDED")
+    assert blind.interval[0] > -SETTINGS.margin  # what the test alone would call a PASS
+
+
 async def test_a_grader_that_takes_anything_is_no_pass(tmp_path: Path) -> None:
     sample = [e._replace(expected=".*", tags={"grader": "regex"}) for e in traffic(300, 0)]
     proof = await prove(candidate({"known": "whatever"}), sample, SETTINGS, evidence=tmp_path)

@@ -78,7 +78,7 @@ def _blind(
         return f"The judge called all {len(said)} pairs of unlike answers even: it tells nothing apart."
     pairs = [p for p in walk.pairs if metric.scores(p.item)]
     own = _mean([walk.panel.own[metric.name][p.item.key] for p in pairs])
-    empty = _mean([metric.candidate(p.item, EMPTY, None) for p in pairs])
+    empty = _empty(metric, pairs)
     if own - empty > metric.margin:
         return ""
     return (
@@ -86,6 +86,18 @@ def _blind(
         f" to every question {empty:.1%}, within the margin of {100 * metric.margin:g} points. Any answers"
         " would have passed; look at the expected answers and the grader."
     )
+
+
+def is_blind(metric: Metric, pairs: Sequence[Pair]) -> bool:
+    """Whether empty answers to all of these, by their primary metric, would not be worse by the margin."""
+    if metric.basis == "judge":
+        return False
+    return _mean([p.incumbent for p in pairs]) - _empty(metric, pairs) <= metric.margin
+
+
+def _empty(metric: Metric, pairs: Sequence[Pair]) -> float:
+    """Mean score of an empty answer to every question."""
+    return _mean([metric.candidate(p.item, EMPTY, None) for p in pairs])
 
 
 def blind_scores(incumbent: Sequence[float], margin: float) -> str:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from understudy.evaluate.doubt import Preference, doubts
+from understudy.evaluate.doubt import Preference, doubts, is_blind
 from understudy.evaluate.evidence import ProofHeader
 from understudy.evaluate.grade import calls_exist, grade, is_json, refuses
 from understudy.evaluate.item import Call, Item
@@ -70,7 +70,10 @@ class MetricResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Stratum(msgspec.Struct, frozen=True, kw_only=True):
-    """One task's items, with its own verdict at the same error rates (not corrected for their number)."""
+    """One task's items, with its own verdict at the same error rates (not corrected for their number).
+
+    UNDECIDED too where empty answers would have passed: what the incumbent never gets right proves nothing.
+    """
 
     task: str
     metric: str
@@ -353,7 +356,8 @@ def _stratum(
     for pair in pairs:
         test.observe(Unit(pair.incumbent), pair.candidate)
     outcome = test.outcome()
-    fails = metric.can_fail or outcome.verdict is Verdict.PASS
+    passes = outcome.verdict is Verdict.PASS
+    stands = not is_blind(metric, pairs) if passes else metric.can_fail
     return Stratum(
         task=task[0],
         metric=metric.name,
@@ -363,7 +367,7 @@ def _stratum(
         candidate=_mean(p.candidate for p in pairs),
         difference=outcome.difference,
         interval=(outcome.interval.low, outcome.interval.high),
-        verdict=outcome.verdict if fails else Verdict.UNDECIDED,
+        verdict=outcome.verdict if stands else Verdict.UNDECIDED,
     )
 
 
