@@ -164,8 +164,22 @@ def gemini_pieces(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return pieces
 
 
+def gemini_vector(text: str) -> list[float]:
+    """Told apart by their texts, and not all of them a float32."""
+    return [float(len(text)), 0.1, -1.5]
+
+
 def gemini(piece: int = 0) -> Handler:
     async def handler(served: Served) -> None:
+        if ":batchEmbedContents" in served.line:
+            texts = [one["content"]["parts"][0]["text"] for one in served.json["requests"]]
+            body = {"embeddings": [{"values": gemini_vector(text)} for text in texts]}
+            counted = {"usageMetadata": {"promptTokenCount": 4}} if len(texts) > 1 else {}
+            await served.send(http(200, json.dumps(body | counted).encode()))
+            return
+        if ":countTokens" in served.line:
+            await served.send(http(200, b'{"totalTokens": 31}'))
+            return
         parts = gemini_parts(served.json)
         if "streamGenerateContent?alt=sse" in served.line:
             await send_stream(served, sse(gemini_pieces(parts)).replace(b"\n", b"\r\n"), piece)

@@ -13,7 +13,16 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import msgspec
 
-from understudy.forms import anthropic, completions, gemini, messages, openai, responses
+from understudy.forms import (
+    anthropic,
+    completions,
+    counting,
+    embeddings,
+    gemini,
+    messages,
+    openai,
+    responses,
+)
 from understudy.forms.chat import Left
 from understudy.forms.events import EventReader, read_object
 from understudy.forms.fault import Told, Unmappable, Unreadable, VendorError
@@ -21,8 +30,9 @@ from understudy.forms.rules import NONE, Rules
 from understudy.protocol import Json, Usage, assemble_chunks, usage_of
 
 ROUTES = frozenset({"chat.completions", "messages", "responses"})
-"""Routes of applications that can be answered by translation."""
-
+"""Routes on which a model is talked with; every vendor can answer each."""
+COUNTING = "messages/count_tokens"
+"""The route that counts; calls of it are not recorded, so records know no such route."""
 
 _ODD = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """What reading something that is not formed as documented may raise."""
@@ -61,6 +71,16 @@ class Vendor(NamedTuple):
     """A header, of the secret."""
     headers: tuple[tuple[str, str], ...] = ()
     """What every request says beside it."""
+    embeddings: Vendor | None = None
+    """How to ask for embeddings, where it has them in a form of its own."""
+    counting: Vendor | None = None
+    """The same for counting a request's tokens."""
+
+    def asked_for(self, route: str) -> Vendor | None:
+        """How to ask it for what a route is for; None for a route that can't be said there."""
+        if route in ROUTES:
+            return self
+        return {"embeddings": self.embeddings, COUNTING: self.counting}.get(route)
 
 
 class Caller(NamedTuple):
@@ -81,7 +101,7 @@ _ANTHROPIC = Vendor(
     credential=anthropic.credential,
     headers=anthropic.HEADERS,
 )
-_GEMINI = Vendor(
+_GEMINI_CHAT = Vendor(
     request=gemini.request,
     answer=gemini.answer,
     error=gemini.error,
@@ -89,12 +109,22 @@ _GEMINI = Vendor(
     path=gemini.path,
     credential=gemini.credential,
 )
+_GEMINI = _GEMINI_CHAT._replace(
+    embeddings=_GEMINI_CHAT._replace(
+        request=embeddings.gemini_request, answer=embeddings.gemini_answer, path=embeddings.gemini_path
+    ),
+    counting=_GEMINI_CHAT._replace(
+        request=counting.gemini_request, answer=counting.gemini_answer, path=counting.gemini_path
+    ),
+)
 _CALLERS = {
     "chat.completions": Caller(
         completions.request, completions.answer, completions.error, completions.Writer
     ),
     "messages": Caller(messages.request, messages.answer, messages.error, messages.Writer),
     "responses": Caller(responses.request, responses.answer, responses.error, responses.Writer),
+    "embeddings": Caller(embeddings.request, embeddings.answer, completions.error, completions.Writer),
+    COUNTING: Caller(messages.request, counting.answer, messages.error, messages.Writer),
 }
 
 
@@ -115,7 +145,7 @@ def vendor_of(kind: str, base_url: str) -> Vendor:
 
 
 def caller_of(route: str) -> Caller:
-    """How to answer on one of `ROUTES`."""
+    """How to answer on a route that `Vendor.asked_for` knows."""
     return _CALLERS[route]
 
 

@@ -195,7 +195,8 @@ class Inbound(asyncio.Protocol):
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         path, _, query = self._url.partition(b"?")
         modern = self._version == "1.1"
-        request = Request(self._parser.get_method(), path, query, self._headers, body, modern, self._keep)
+        headers, method = self._headers, self._parser.get_method()
+        request = Request(method, path, query, headers, dict(headers), body, modern, self._keep)
         self._complete.append(request)
 
     def _head_fault(self) -> Refusal | None:
@@ -220,8 +221,10 @@ class Inbound(asyncio.Protocol):
 
     def _shows_a_key(self) -> bool:
         """Whether a body is worth reading: without a key it is refused in the end whatever it says."""
-        shown = any(name in KEY_HEADERS for name, _ in self._headers)
-        return shown or self._url.partition(b"?")[0] == local.HEALTH
+        for name, _ in self._headers:
+            if name in KEY_HEADERS:
+                return True
+        return self._url.partition(b"?")[0] == local.HEALTH
 
     # -- requests in order
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from functools import lru_cache
 from typing import Protocol
 
 from understudy.forms.translation import Translation
@@ -499,6 +500,7 @@ class Exchange:
         )
 
 
+@lru_cache(1024)
 def _header_value(text: str) -> bytes:
     """A model's name as a header value: anything but printable ASCII is replaced."""
     return "".join(c if " " <= c <= "~" else "?" for c in text).encode()

@@ -33,6 +33,7 @@ _ONE_HOP = frozenset(
 _CREDENTIALS = frozenset({b"api-key", b"authorization", b"cookie", b"x-api-key", b"x-goog-api-key"})
 _STAYS = _ONE_HOP | _CREDENTIALS | _OURS | {b"accept-encoding"}
 _STAYS_HERE = _ONE_HOP | {b"set-cookie"}
+_NONE = frozenset[bytes]()
 
 
 class Call(NamedTuple):
@@ -53,6 +54,8 @@ class Request(NamedTuple):
     """Without the question mark."""
     headers: Headers
     """Names in lower case."""
+    last: dict[bytes, bytes]
+    """The last value of each header: most are asked for more than once."""
     body: bytes
     modern: bool
     """HTTP/1.1, not 1.0."""
@@ -60,11 +63,13 @@ class Request(NamedTuple):
 
     def header(self, name: bytes) -> bytes:
         """The last value of a header; empty when absent."""
-        return next((value for key, value in reversed(self.headers) if key == name), b"")
+        return self.last.get(name, b"")
 
     def tags(self) -> dict[str, str]:
         """Header ``x-tags: a=b,c=d``; a tag without ``=`` has an empty value."""
         raw = self.header(b"x-tags").decode("latin-1")
+        if not raw:
+            return {}
         pairs = (item.partition("=") for item in raw.split(",") if item.strip())
         return {key.strip(): value.strip() for key, _, value in pairs}
 
@@ -74,7 +79,7 @@ def forwarded(request: Request) -> bytes:
 
     Of content codings only gzip is passed on, because the tapped copy must be read afterwards.
     """
-    named = _named_by_connection(request.headers)
+    named = _named_by_connection(request.headers) if b"connection" in request.last else _NONE
     lines: list[bytes] = []
     for name, value in request.headers:
         if name not in _STAYS and name not in named:

@@ -14,7 +14,7 @@ import msgspec
 
 from understudy.forms.fault import Unmappable, Unreadable
 from understudy.forms.rules import Rules
-from understudy.forms.translation import ROUTES, Streamed, Translation, rule_path
+from understudy.forms.translation import COUNTING, Streamed, Translation, rule_path
 from understudy.gateway.refusal import Refusal, bad_request
 from understudy.gateway.request import Call, Request
 from understudy.gateway.routing import Target
@@ -34,14 +34,14 @@ def translation_of(call: Call, request: Request, target: Target) -> Translation:
 
     Raises Refusal: 400 naming what cannot be said there, 404 for a route that it has not.
     """
-    route = call.route
-    if route not in ROUTES or call.counts:
+    route = COUNTING if call.counts else call.route
+    vendor = target.upstream.vendor.asked_for(route)
+    if vendor is None:
         message = f"{target.name}: this model's vendor has no {call.path.decode()}"
         raise Refusal(404, "unsupported_route", message, param="model")
     try:
         body = msgspec.json.decode(request.body, type=dict[str, Any])
-        rules, notes = _betas(route, request, target.rules)
-        vendor = target.upstream.vendor
+        rules, notes = _betas(call.route, request, target.rules)
         translation = Translation(route, vendor, body, target.model, rules, passing=_passing(route, target))
     except Unmappable as fault:
         raise _unmappable(fault, target) from fault
