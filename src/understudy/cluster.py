@@ -96,11 +96,14 @@ class Cluster:
         Raises AddressError for a cluster without a core.
         """
         at = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
-        options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": AGAIN, "max_concurrency": IN_FLIGHT}
+        # a byte of memory: Ray places one that asks for nothing at random, whatever node it is to be on
+        options = {"num_cpus": 0, "memory": 1, "max_restarts": -1, "max_task_retries": AGAIN}
         members: list[Any] = []
         for node in self._ray.nodes():
             for _ in range(int(node["Resources"].get("CPU", 0)) if node["Alive"] else 0):
-                make = self._ray.remote(scheduling_strategy=at(node["NodeID"], soft=True), **options)
+                make = self._ray.remote(
+                    scheduling_strategy=at(node["NodeID"], soft=True), max_concurrency=IN_FLIGHT, **options
+                )
                 members.append(make(kind).remote(item))
         if not members:
             raise AddressError(f"no node of the cluster {self.address} has a core", expected="at least one")

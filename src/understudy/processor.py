@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from understudy import voxtral
 from understudy.errors import InputError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ Message = dict[str, Any]
 
 FILES = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("chat_template.json", "chat_template.jinja"),
+    *("chat_template.json", "chat_template.jinja", voxtral.WORDS),
 )
 """What a processor consists of beside its tokenizer."""
 OF_TEXT = ("input_ids", "attention_mask", "offset_mapping")
@@ -55,23 +56,13 @@ def load(name: str) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return _readable(AutoProcessor.from_pretrained(name, trust_remote_code=False), name)
+        if voxtral.speaks(name):
+            return voxtral.load(name)
+        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (ImportError, AttributeError, ValueError) as error:
         if "video" not in str(error).lower() and "torchvision" not in str(error).lower():
             raise ModelError(f"cannot load the processor of {name}: {error}") from error
     return _still(name)
-
-
-def _readable(processor: Any, name: str) -> Any:
-    """Voxtral's takes no sound beside a text: mistral-common alone writes its chats, without a template and
-    without tokens' places in the text, so nobody could tell what the assistant said."""
-    if type(processor).__name__ == "VoxtralProcessor":
-        raise ModelError(
-            f"{name} has Voxtral's processor, whose chats only mistral-common writes",
-            expected="a processor with a chat template of its own: Qwen2-Audio's for sound",
-            next_step="prune it from Python, from input_features (tests/compress/test_compress_sound.py)",
-        )
-    return processor
 
 
 def _still(name: str) -> Any:
@@ -195,10 +186,22 @@ def _decoded(data: str, name: str) -> bytes:
 
 
 def rendered(processor: Any, messages: Sequence[Message], *, prompt: bool) -> str:
-    """The chat in the model's template, one placeholder for each picture or sound."""
+    """The chat in the model's template, one placeholder for each picture or sound.
+
+    Raises InputError for what the template refuses.
+    """
+    from jinja2 import TemplateError
+
     words = processor.tokenizer
     given: dict[str, Any] = {"chat_template": processor.chat_template or words.chat_template}
-    return words.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **given)
+    try:
+        return words.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=prompt, **given
+        )
+    except TemplateError as error:
+        raise InputError(
+            f"the model's chat template refuses a chat: {error}", expected="roles and parts that it knows"
+        ) from error
 
 
 def processed(processor: Any, text: str, parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import tempfile
 import wave
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tekken
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForMultimodalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from understudy import voxtral
 from understudy.compress.corpus import Chat
 
 MARKS = (
@@ -155,14 +158,16 @@ def _voxtral() -> Any:
 
     ears = {
         "num_mel_bins": 16,
-        "max_source_positions": 48,
+        "max_source_positions": 100,
         "hidden_size": 24,
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    text = {"model_type": "llama", "head_dim": 8} | TEXT
-    return VoxtralConfig(audio_config=ears, text_config=text, audio_token_id=NUMBERS["<|AUDIO|>"])
+    text = {"model_type": "llama", "head_dim": 8} | TEXT | {"vocab_size": tekken.VOCAB}
+    return VoxtralConfig(
+        audio_config=ears, text_config=text, audio_token_id=tekken.MARKS.index(voxtral.SOUND)
+    )
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -187,7 +192,6 @@ MARK = {
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "mllama": "<|image|>",
     "qwen2_audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
-    "voxtral": "<|AUDIO|>",
 }
 
 
@@ -223,7 +227,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerFast:
 
 
 def template_of(family: str) -> str:
-    kind = "audio" if family in ("qwen2_audio", "voxtral") else "image"
+    kind = "audio" if family == "qwen2_audio" else "image"
     return (
         "{% for m in messages %}<s>{{ m['role'] }} {% for p in m['content'] %}{% if p['type'] == '"
         + kind
@@ -241,7 +245,7 @@ def processor_of(family: str) -> Any:
 
     from understudy.processor import without_video
 
-    words, template = tokenizer_of(family), template_of(family)
+    words, template = tokenizer_of(family), template_of(family) if family in MARK else ""
     if family == "llava":
         eyes = tf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
         return tf.LlavaProcessor(
@@ -271,9 +275,10 @@ def processor_of(family: str) -> Any:
     if family == "mllama":
         eyes = tf.MllamaImageProcessorPil(size={"height": 32, "width": 32}, max_image_tiles=2)
         return tf.MllamaProcessor(eyes, words, chat_template=template)
-    ears = tf.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     if family == "voxtral":
-        raise NotImplementedError("Voxtral's processor needs mistral-common and its tokenizer")
+        words = tekken.write(Path(tempfile.mkdtemp()), seconds=2)
+        return voxtral.Voxtral(tf.WhisperFeatureExtractor(feature_size=16, chunk_length=2), words)
+    ears = tf.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     return tf.Qwen2AudioProcessor(ears, words, chat_template=template)
 
 
@@ -349,28 +354,3 @@ def reset_projector(model: Any, teacher: Any) -> None:
             for name in ("k", "v"):
                 weight = getattr(mine, name).weight
                 weight.data.copy_(getattr(theirs, name).weight[: len(weight), : weight.shape[1]])
-
-
-class Heard:
-    """What `compress.media.Media` is, of features made by hand."""
-
-    digest = "heard"
-
-    def __init__(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.features = torch.randn(1, 16, 96, generator=generator)
-
-    def __len__(self) -> int:
-        return 1
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"input_features": self.features}
-
-
-def heard(seed: int) -> Any:
-    """A batch of one document: a sound of twelve placeholders and an answer about it, for Voxtral."""
-    from understudy.compress.corpus import Document, Row, collate
-
-    tokens = [1, *[NUMBERS["<|AUDIO|>"]] * 12, *range(22, 34), 2]
-    document = Document(tokens, [False] * 16 + [True] * 10, media=Heard(seed))
-    return collate([Row([document], len(tokens))])

@@ -39,7 +39,7 @@ from understudy.compress.teacher import LiveTeacher
 from understudy.errors import InputError, ModelError
 from understudy.processor import resampled
 
-FAMILIES = [family for family in seeing.CONFIGS if family != "voxtral"]
+FAMILIES = list(seeing.CONFIGS)
 FILLED = {"qwen2_vl", "qwen2_5_vl", "mllama"}
 
 
@@ -96,7 +96,7 @@ def test_parameters_of_the_language_model_as_counted(family):
 def test_only_what_the_assistant_wrote_is_learnt(family):
     processor, found = seeing.processor_of(family), documents(family)
     words = processor.tokenizer.convert_ids_to_tokens
-    answers = [[w for w, a in zip(words(d.tokens), d.answer, strict=True) if a] for d in found]
+    answers = [[w.lstrip("Ġ") for w, a in zip(words(d.tokens), d.answer, strict=True) if a] for d in found]
     assert answers[0] == ["it", "is", "red", "</s>"]
     assert answers[3] == ["it", "is", "red", "</s>", "yes", "</s>"]
     assert answers[-1] == ["no", "it", "is", "blue", "</s>"] * 2
@@ -214,17 +214,6 @@ def test_a_student_heals_on_pictures_with_its_tower_frozen(tmp_path: Path):
     heal(student, LiveTeacher(teacher), Corpus(found, []), settings, tmp_path)
     assert fidelity(teacher, student, text).answer_kl < 0.8 * before
     assert all(torch.equal(a, b) for a, b in zip(tower, outside_weights(student), strict=True))
-
-
-def test_voxtral_is_pruned_from_prepared_sound():
-    """Its processor needs mistral-common and its tokenizer file; the model itself does not."""
-    model = seeing.model_of("voxtral")
-    text = [seeing.heard(3), seeing.heard(5)]
-    plan = plans.decide(shape_of(model), extras_of(model), ffn=16, hidden=40, heads=4)
-    teacher = copy.deepcopy(model)
-    prune(model, plan, text)
-    assert language_parameters(model) == plan.parameters_after
-    assert torch.isfinite(torch.tensor(fidelity(teacher, model, text).kl))
 
 
 @pytest.mark.parametrize(

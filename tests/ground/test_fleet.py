@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import pickle
-import signal
-import threading
-from collections import Counter
-from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import mortal
 import pytest
-from aiohttp import web
+from mortal import Server, needs_ray, serving
 
 from understudy.cluster import Cluster, Crew, connect
 from understudy.compress import answers
@@ -31,64 +26,7 @@ from understudy.fleet import Fleet
 from understudy.protocol import Usage
 from understudy.traffic.sample import Exchange
 
-needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="the extra `ray` is not installed")
 NAME = "host/new"
-
-
-class Server:
-    """Answers `q7` with `odd`, after a while; knows how often it was asked what."""
-
-    def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
-        self.delay_s = 0.0
-        self.at: dict[int, Callable[[], object]] = {}
-        """What happens at the so-many-eth call."""
-        self.url = ""
-
-    async def chat(self, request: web.Request) -> web.Response:
-        question = str((await request.json())["messages"][-1]["content"])
-        self.asked[question] += 1
-        act = self.at.pop(self.asked.total(), None)
-        if act is not None:
-            threading.Thread(target=act).start()
-        await asyncio.sleep(self.delay_s)
-        if not question.startswith("q"):
-            return web.json_response({"error": "no question"}, status=400)
-        text = "odd" if int(question[1:]) % 2 else "even"
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        return web.json_response({"choices": [choice], "usage": {"prompt_tokens": 5, "completion_tokens": 1}})
-
-
-@contextmanager
-def serving() -> Generator[Server]:
-    """In a thread of its own: the questions come from other processes."""
-    server, loop, ready = Server(), asyncio.new_event_loop(), threading.Event()
-    runners: list[web.AppRunner] = []
-
-    async def start() -> None:
-        app = web.Application()
-        app.router.add_post("/v1/chat/completions", server.chat)
-        runner = web.AppRunner(app)
-        runners.append(runner)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-        ready.set()
-
-    async def stop() -> None:
-        await runners[0].cleanup()
-
-    thread = threading.Thread(target=lambda: (loop.run_until_complete(start()), loop.run_forever()))
-    thread.start()
-    assert ready.wait(10)
-    try:
-        yield server
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
 
 
 class Here(Cluster):
@@ -180,37 +118,18 @@ async def replay(endpoint: Endpoint, folder: Path) -> tuple[str, int, float | No
 async def test_nodes_die_and_every_answer_is_there_once(tmp_path: Path):
     """One of two nodes while answers are generated, its successor during a replay: the same as without a
     cluster, and only what was under way at that moment is asked again."""
-    from ray.cluster_utils import Cluster as Nodes
-
-    own: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20}
     with serving() as server:
         async with client(server) as plain:
             wanted = [await task(plain, tmp_path / f"plain{n}") for n, task in enumerate((generate, replay))]
-        nodes: Any = Nodes(initialize_head=True, head_node_args=own | {"include_dashboard": False})
-        try:
-            with connect(nodes.address) as cluster:
-                for place, task in enumerate((generate, replay)):
-                    mortal = nodes.add_node(**own)
-                    nodes.wait_for_nodes()
-                    server.delay_s = 0.4
-                    server.at = {(44, 20)[place]: partial(die, nodes, mortal)}
-                    assert await on(cluster, server, task, tmp_path / f"ray{place}") == wanted[place]
-                    assert not server.at
-                    again = server.asked.total() - len(server.asked)
-                    assert 1 <= again <= 16, server.asked.most_common(3)
-        finally:
-            nodes.shutdown()
-
-
-def die(nodes: Any, node: Any) -> None:
-    """As a machine does, with all that runs on it: without their raylet workers go on for seconds."""
-    raylet = node.all_processes["raylet"][0].process.pid
-    listed = Path(f"/proc/{raylet}/task").glob("*/children")
-    workers = [int(pid) for path in listed for pid in path.read_text().split()]
-    assert workers
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    nodes.remove_node(node, allow_graceful=False)
+        with mortal.cluster() as nodes, connect(nodes.address) as cluster:
+            for place, task in enumerate((generate, replay)):
+                node = mortal.another(nodes)
+                server.delay_s = 0.4
+                server.at = {(44, 20)[place]: partial(mortal.die, nodes, node)}
+                assert await on(cluster, server, task, tmp_path / f"ray{place}") == wanted[place]
+                assert not server.at
+                again = server.asked.total() - len(server.asked)
+                assert 1 <= again <= 16, server.asked.most_common(3)
 
 
 async def on(

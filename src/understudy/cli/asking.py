@@ -37,6 +37,14 @@ def is_endpoint(name: str, config_path: Path) -> bool:
     return bool(slash) and not Path(name).exists() and endpoint in config_at(config_path).endpoints
 
 
+def once(target: str, instead: str) -> None:
+    """Raises InputError where as many processes as torchrun started would ask ``target`` the same."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            f"{target} would be asked by every process of torchrun", expected="its targets", next_step=instead
+        )
+
+
 def vocabulary(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     """The bytes of every token, control tokens' names left empty."""
     from understudy.serve.token_bytes import piece
@@ -109,12 +117,7 @@ def capture_prompted(
 
     if student is None:
         raise InputError(f"{target} has no tokens of its own here", expected="--student CHECKPOINT")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            f"{target} would be asked by every process of torchrun",
-            expected="its targets",
-            next_step=f"understudy capture {target} --as-they-are, then distil --targets",
-        )
+    once(target, f"understudy capture {target} --as-they-are, then distil --targets")
     config, own = config_at(config_path), checkpoint.load(student)
     documents = [document for read in texts for document in read(own.reader)]
     count = sum(len(d.tokens) for d in documents)

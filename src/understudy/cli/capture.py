@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 @click.option(
     "--part", default="1/1", show_default=True, help="NUMBER/OF: this machine's share of the shards."
 )
+@click.option(
+    "--shard-tokens",
+    type=click.IntRange(1),
+    default=1 << 18,
+    show_default=True,
+    help="Targets in a file, and so in one errand of a cluster's worker.",
+)
 @click.option("--as-they-are", is_flag=True, help="Ask a vLLM endpoint of the texts, not for new answers.")
 @click.option(
     "--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster makes the shards, or asks."
@@ -41,6 +48,7 @@ def capture(
     out: Path,
     student: Path | None,
     part: str,
+    shard_tokens: int,
     as_they_are: bool,
     address: str,
     yes: bool,
@@ -67,7 +75,7 @@ def capture(
     else:
         texts = texts_of(data, alias, config_path)
         with bars() as progress:
-            job = CaptureJob(teacher, out, texts, vocabulary, student, part_of(part), address)
+            job = CaptureJob(teacher, out, texts, vocabulary, student, part_of(part), address, shard_tokens)
             done = capture_only(job, progress)
     if as_json:
         print_json(done)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from understudy.cli.asking import ANSWERED, capture_prompted, is_endpoint, sampled
+from understudy.cli.asking import ANSWERED, capture_prompted, is_endpoint, once, sampled, vocabulary
 from understudy.cli.bars import bars, tells
 from understudy.cli.options import json_option, print_json
 from understudy.cli.texts import FILE, OUT, config_at, encoded, read, text_options, texts_of, train_exchanges
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--targets", type=OUT, default=None, help="Folder of `capture`: no teacher is loaded.")
 @click.option("--generate", default=None, help="ENDPOINT/MODEL that answers the prompts anew first.")
 @click.option("--samples", default=1, show_default=True, help="Answers to each prompt, with --generate.")
-@click.option("--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster asks endpoints.")
+@click.option("--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster asks.")
 @click.option("--yes", is_flag=True, help="Don't ask whether the cost of an endpoint is all right.")
 @click.option("--generic", type=FILE, default=None, help="Texts of nobody's traffic, mixed in.")
 @click.option("--generic-share", default=0.25, show_default=True, help="Their share of every step.")
@@ -77,15 +77,15 @@ def distil(
 
     TEACHER is a model, or ENDPOINT/MODEL of a vLLM server in the config, whose `prompt_logprobs` are asked
     first and kept in OUT.targets, or the word `recorded`: then only the answers in the texts are known, those
-    of traffic without failures and near-duplicates. Under torchrun the same command uses every process.
+    of traffic without failures and near-duplicates. Under torchrun the same command uses every process. With
+    --ray a cluster asks the endpoints, and makes a model's targets in OUT.targets, as `capture --ray` does.
     """
     from understudy.compress import distill, healing
 
-    if address and generate is None and not is_endpoint(teacher, config_path):
+    if address and generate is None and (targets is not None or teacher == healing.RECORDED):
         raise InputError(
-            f"--ray {address} without an endpoint to ask",
-            expected="--generate ENDPOINT/MODEL, or such a TEACHER",
-            next_step=f"understudy capture {teacher} --ray {address}, then distil --targets",
+            f"--ray {address} with nothing to ask of it",
+            expected="--generate ENDPOINT/MODEL, or a TEACHER without --targets",
         )
     texts = texts_of(data, alias, config_path)
     if generate is not None:
@@ -96,10 +96,15 @@ def distil(
         texts = _harvested(alias, config_path)
     settings = distill.Settings(**recipe, generic=generic_share if generic else 0.0)
     mixed = partial(read, generic) if generic else None
-    if targets is None and is_endpoint(teacher, config_path):
-        targets = out.with_name(out.name + ".targets")
+    if targets is None and teacher != healing.RECORDED:
         every = [texts, mixed] if mixed else [texts]
-        capture_prompted(teacher, targets, student, yes, every, config_path, address)
+        beside = out.with_name(out.name + ".targets")
+        if is_endpoint(teacher, config_path):
+            targets = beside
+            capture_prompted(teacher, targets, student, yes, every, config_path, address)
+        elif address:
+            targets = beside
+            _capture_there(teacher, targets, student, every, address)
     with bars() as progress:
         job = healing.HealJob(
             teacher, student, out, settings, held_out, texts, mixed, targets=targets, resume=resume
@@ -132,6 +137,25 @@ def _generated(
     found = sampled(target, samples, cache, yes, data, alias, config_path, address=address)
     chats = answers.chats_of(*found)
     return partial(encoded, chats)
+
+
+def _capture_there(
+    teacher: str,
+    out: Path,
+    student: Path,
+    texts: list[Callable[[PreTrainedTokenizerBase], list[Document]]],
+    address: str,
+) -> None:
+    """An open teacher's targets of all texts, by the cluster at ``address``."""
+    from understudy.compress.healing import CaptureJob, capture_only
+
+    once(teacher, f"understudy capture {teacher} --ray {address}, then distil --targets")
+
+    def every(tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+        return [document for read in texts for document in read(tokenizer)]
+
+    with bars() as progress:
+        capture_only(CaptureJob(teacher, out, every, vocabulary, student, ray=address), progress)
 
 
 def _harvested(alias: str | None, config_path: Path) -> Callable[[PreTrainedTokenizerBase], list[Document]]:

@@ -241,7 +241,7 @@ def digest_of(path: Path) -> str:
 
 
 def _identity(folder: Path) -> Iterator[Path]:
-    kinds = ("*.safetensors", "config.json", "tokenizer*.json", "tokenizer.model", "*.jinja")
+    kinds = ("*.safetensors", "config.json", "tokenizer*.json", "tekken.json", "tokenizer.model", "*.jinja")
     for pattern in (*kinds, "*processor_config.json"):
         yield from folder.glob(pattern)
 

@@ -148,6 +148,7 @@ class CaptureJob(NamedTuple):
     part: Part = Part()
     ray: str = ""
     """Address of a cluster that makes the shards; empty: this process does."""
+    shard_tokens: int = targets.SHARD_TOKENS
 
 
 def capture_only(job: CaptureJob, progress: Progress = silent) -> Captured:
@@ -158,12 +159,16 @@ def capture_only(job: CaptureJob, progress: Progress = silent) -> Captured:
     if not job.ray:
         asked, teacher = _asked(job)
         tell = tell_of(asked.source, teacher, asked.pairs)
-        return capture(tell, asked.documents, job.out, asked.source.origin, part=job.part, progress=progress)
+        origin, size = asked.source.origin, job.shard_tokens
+        return capture(
+            tell, asked.documents, job.out, origin, part=job.part, shard_tokens=size, progress=progress
+        )
     if job.part.of > 1:
         raise InputError("a part of the shards, and a cluster for all of them", expected="--part or --ray")
     with connect(job.ray) as cluster:
         asked, _ = _asked(job)  # the model goes again: the workers have their own
-        shards = planned(asked.documents, job.out.resolve(), asked.source.origin)
+        origin, size = asked.source.origin, job.shard_tokens
+        shards = planned(asked.documents, job.out.resolve(), origin, shard_tokens=size)
         pairs = {tuple(pair.student.tokens): pair for pair in asked.pairs}
         return capture_on(cluster, asked.source, shards, pairs, progress=progress)
 
