@@ -273,7 +273,7 @@ def main() -> None:
             runs.append(spread(work, "Ray Data, 2 workers, one killed at a third", 2, kill=True, data=True))
     load = os.getloadavg()[0]
     print(
-        f"A Llama of 6 layers, width 256 and random weights; {runs[0].ended.targets:,} targets in {SHARDS} shards; "
+        f"A Llama of 6 layers and width 256; {runs[0].ended.targets:,} targets, {SHARDS} shards; "
         f"nodes of one core, one thread each, all on one machine of {os.cpu_count()} cores (load {load:.1f} "
         f"at the end). The clusters' own start is not counted.\n\n{table(runs)}"
     )

@@ -46,6 +46,12 @@ QUESTIONS = (
         "left join kinds on kinds.id = calls.kind where alias = :alias",
         walks=True,
     ),
+    Question(
+        "planning on a window: the latest 10,000 calls of an alias",
+        "select at, prompt_tokens, completion_tokens, modalities, features from calls "
+        "left join kinds on kinds.id = calls.kind where alias = :alias order by key desc limit 10000",
+        walks=False,
+    ),
     Question("a sum over every call", "select sum(cost_usd), sum(prompt_tokens) from calls", walks=True),
 )
 

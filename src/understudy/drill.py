@@ -295,7 +295,7 @@ def _recorded_line(stage: Drill) -> str:
 
 def watch_and_plan(stage: Drill) -> None:
     now = time.time()
-    asked = shapes(stage.store, stage.alias)
+    asked = shapes(stage.store, stage.alias).calls
     bindings = [Binding(stage.alias, stage.incumbent, "alias")]
     stage.write("watch.json", watch(stage.catalog, bindings, {stage.incumbent: asked}, now))
     stage.write("evidence/plan.json", make_plan(stage.catalog, stage.incumbent, asked, now=now))

@@ -51,6 +51,10 @@ class Cost(NamedTuple):
     """Where the price comes from, e.g. ``genai-prices 0.2.3`` or the overlay's file."""
 
 
+PLANNED_ON = 1_000_000
+"""Calls that a plan reads at most unless somebody asks for more."""
+
+
 class CallShape(msgspec.Struct, frozen=True, gc=False):
     """What planning needs to know of one recorded call; no text.
 

@@ -111,6 +111,11 @@ def test_traffic_import_show_export_then_watch_and_plan(run: Callable[..., Resul
     for name in ("assistant", "hosted/smol", "smol"):
         made = msgspec.json.decode(run("plan", name, "--json").output)
         assert (made["calls"], made["incumbent"]["usd_per_call"]) == (20, pytest.approx(0.00014))
+    few = run("plan", "assistant", "--latest", "5", "--json")
+    assert msgspec.json.decode(few.stdout)["calls"] == 5
+    assert "the latest 5 calls, since 20" in few.stderr
+    assert msgspec.json.decode(run("plan", "assistant", "--days", "11", "--json").stdout)["calls"] == 20
+    assert "is recorded in that time" in str(run("plan", "assistant", "--days", "2").exception)
     text = run("plan", "assistant", "--candidate", "openai/gpt-4.1", "--candidate", "gpt-4.1-nano").output
     assert "20 calls" in text
     assert "openai/gpt-4.1 " in text

@@ -166,8 +166,8 @@ def test_capture_and_distil_on_a_cluster(nodes: Any, server: Both):
         spread = on(nodes, *capture, "spread.targets")
     assert plain["made"] == spread["made"] > 10
     assert files(Path("spread.targets")) == files(Path("plain.targets"))
-    distil = ("distil", "teacher", "student", "--data", "chats.jsonl", "--tokens", "1000",
-              "--learning-rate", "1e-3", "--out")  # fmt: skip
+    distil = ("distil", "teacher", "student", "--data", "chats.jsonl", "--tokens", "4000",
+              "--learning-rate", "5e-3", "--out")  # fmt: skip
     plainly(*capture[:4], "--out", "whole.targets")
     plainly(*distil, "plain", "--targets", "whole.targets")
     with on_errand(nodes.head_node, lambda: [os.kill(pid, 9) for pid in busy(nodes.head_node)]):

@@ -65,7 +65,7 @@ def test_an_exchange_has_the_answer_and_what_was_said_of_it(store: Store, make_c
     assert exchanges(store, "assistant", only_ok=False)[-1].body["error"]["message"] == "overloaded"
     assert exchanges(store, "other") == []
     assert len(exchanges(store, None)) == 2
-    assert len(shapes(store, "assistant")) == 4
+    assert len(shapes(store, "assistant").calls) == 4
 
 
 def test_an_answer_that_broke_off_is_not_sampled(store: Store, make_call: MakeCall) -> None:
@@ -132,8 +132,8 @@ def test_the_hash_sees_every_answer_and_is_order_true() -> None:
 
 def test_a_metadata_record_still_has_a_shape(store: Store, make_call: MakeCall) -> None:
     store.insert([make_call(request=b"", response=b"", stream=True)], "s", 1)
-    assert shapes(store)[0].features == {"stream"}
-    assert msgspec.json.encode(shapes(store)[0].usage) == b'{"prompt_tokens":12,"completion_tokens":3}'
+    assert shapes(store).calls[0].features == {"stream"}
+    assert msgspec.json.encode(shapes(store).calls[0].usage) == b'{"prompt_tokens":12,"completion_tokens":3}'
 
 
 def test_messages_and_responses_are_read_as_chats(store: Store, make_call: MakeCall) -> None:
@@ -175,7 +175,7 @@ def test_messages_and_responses_are_read_as_chats(store: Store, make_call: MakeC
     assert (first.answer, second.answer, third.answer) == ("yes", "yes", "yes")
     assert second.prompt_hash == third.prompt_hash != first.prompt_hash
     assert chats([first])[0][-1]["tool_calls"][0]["function"]["name"] == "look"
-    shape = shapes(store, "assistant")[0]
+    shape = shapes(store, "assistant").calls[0]
     assert ("tools" in shape.features, shape.max_tokens) == (True, 9)
     stored = store.call(calls[0].key)
     assert stored is not None
@@ -185,3 +185,20 @@ def test_messages_and_responses_are_read_as_chats(store: Store, make_call: MakeC
     rows = [msgspec.json.decode(line) for line in out.getvalue().splitlines()]
     assert [row["request"].get("messages", [{}])[0].get("content") for row in rows] == ["Is it?"] * 3 + [None]
     assert rows[1]["response"]["choices"][0]["message"]["content"] == "yes"
+
+
+def test_a_plan_reads_a_window_or_the_latest_calls(store: Store, make_call: MakeCall) -> None:
+    """Of several targets both begin where the one that was cut begins: rates would not be of one time."""
+    mixed = [make_call(target="o/often" if n % 4 else "o/seldom") for n in range(40)]
+    store.insert(mixed, "s", 1)
+    assert shapes(store, "assistant") == shapes(store, "assistant", latest=0) == shapes(store, latest=41)
+    assert shapes(store, "assistant").whole
+    last = shapes(store, "assistant", latest=6)
+    assert ([call.at for call in last.calls], last.whole) == ([call.at for call in mixed[-6:]], False)
+    since = shapes(store, "assistant", since=mixed[30].at)
+    assert ([call.at for call in since.calls], since.whole) == ([call.at for call in mixed[30:]], True)
+    both = shapes(store, targets=("o/often", "o/seldom"), latest=6)
+    often = [call.at for call in mixed if call.target == "o/often"][-6:]
+    assert min(call.at for call in both.calls) == often[0]
+    assert len(both.calls) == 6 + sum(call.at >= often[0] for call in mixed if call.target == "o/seldom")
+    assert not both.whole

@@ -17,6 +17,7 @@ from understudy import config as configuration
 from understudy.cli.catalog_text import print_models, print_plan, print_tiers, print_watch
 from understudy.cli.options import config_option, json_option, print_json
 from understudy.errors import InputError
+from understudy.protocol import PLANNED_ON
 
 if TYPE_CHECKING:
     from understudy.catalog.bindings import Binding
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from understudy.catalog.plan import Key
     from understudy.catalog.tokens import Counted
     from understudy.config import Config
-    from understudy.protocol import CallShape
+    from understudy.traffic.sample import Shapes
     from understudy.traffic.store import AnsweredBy, Store
 
 
+DAY_S = 86_400.0
 FAILING_S = 30 * 86_400.0
 """An id that was asked for in vain so long ago is forgotten."""
 
@@ -180,6 +182,14 @@ def watch(
     multiple=True,
     help="Rank by this; may be repeated, the first deciding. [default: fit, life, verified, peer, cost]",
 )
+@click.option("--days", type=click.FloatRange(min=0, min_open=True), help="Plan on so many days up to now.")
+@click.option(
+    "--latest",
+    type=click.IntRange(min=0),
+    default=PLANNED_ON,
+    show_default=True,
+    help="Plan on the latest so many calls (0: all).",
+)
 @json_option
 def plan(
     model: str,
@@ -188,9 +198,14 @@ def plan(
     tolerate: float,
     top: int,
     ranks: tuple[Key, ...],
+    days: float | None,
+    latest: int,
     as_json: bool,
 ) -> None:
-    """What could take over from MODEL (an alias or a model id), ranked on your own traffic."""
+    """What could take over from MODEL (an alias or a model id), ranked on your own traffic.
+
+    Costs of a month are those of the calls planned on, by the time they span.
+    """
     from understudy.catalog.plan import RANK_BY, latencies_by_model, make_plan
     from understudy.catalog.tiers import parse_rules
     from understudy.catalog.tokens import ratios_by_model
@@ -198,14 +213,15 @@ def plan(
     config = configuration.load(config_path)
     catalog = _catalog(config)
     with _store(config) as store:
-        incumbent, shapes = _recorded(config, store, model)
+        since = time.time() - days * DAY_S if days else None
+        incumbent, recorded = _recorded(config, store, model, since, latest)
         latencies = latencies_by_model(catalog, store.latencies())
         named = {facts.id for name in candidates if (facts := catalog.find(name))}
         ratios = ratios_by_model(config, catalog, lambda: _counted(store), named)
     made = make_plan(
         catalog,
         incumbent,
-        shapes,
+        recorded.calls,
         candidates or None,
         now=time.time(),
         tolerance=tolerate,
@@ -214,6 +230,9 @@ def plan(
         latencies=latencies,
         ratios=ratios,
     )
+    if not recorded.whole:
+        first = dt.datetime.fromtimestamp(recorded.calls[0].at, dt.UTC)
+        click.echo(f"the latest {len(recorded.calls):,} calls, since {first:%Y-%m-%d %H:%M}Z", err=True)
     if as_json:
         print_json(made)
     else:
@@ -275,7 +294,7 @@ def _watched(config: Config, within: int, since: int, canary: Path | None) -> Wa
         bindings = _bound(config, catalog, store, answers, now)
         # what answers for a target has the target's calls
         recorded = {b.target: b.name if b.level == "answering" else b.target for b in bindings}
-        shapes = {target: store.shapes(target=name) for target, name in recorded.items()}
+        shapes = {target: store.shapes(target=name, latest=PLANNED_ON) for target, name in recorded.items()}
     ending = exposures(catalog, bindings, shapes, now)
     events = retirement_events(ending, within)
     events += price_events(catalog, bindings, shapes, now, since_days=since)
@@ -357,20 +376,30 @@ def _show_tiers(config: Config, by: Literal["day", "week", "month"], as_json: bo
     print_tiers(used, config.catalog.tiers)
 
 
-def _recorded(config: Config, store: Store, model: str) -> tuple[str, Sequence[CallShape]]:
+def _recorded(
+    config: Config, store: Store, model: str, since: float | None, latest: int
+) -> tuple[str, Shapes]:
     """The model to replace and its calls: those of an alias, or those a target answered."""
+    from understudy.traffic.sample import shapes
+
     route = store.route(model)
     if route or model in config.aliases:
         incumbent = route.model if route else config.aliases[model].model
-        shapes = store.shapes(alias=model)
+        found = shapes(store, model, since=since, latest=latest)
     else:
         incumbent = model
         targets = {u.target for u in store.models() if model in (u.target, u.target.partition("/")[2])}
-        shapes = [shape for target in sorted(targets) for shape in store.shapes(target=target)]
-    if not shapes:
-        raise InputError(
-            f"no answered call of {model!r} is recorded",
-            expected="an alias, ENDPOINT/MODEL or model id with traffic",
-            next_step="understudy up, or understudy traffic import FILE",
-        )
-    return incumbent, shapes
+        if not targets:
+            raise _unrecorded(model)
+        found = shapes(store, targets=sorted(targets), since=since, latest=latest)
+    if not found.calls:
+        raise _unrecorded(model, " in that time" if since else "")
+    return incumbent, found
+
+
+def _unrecorded(model: str, when: str = "") -> InputError:
+    return InputError(
+        f"no answered call of {model!r} is recorded{when}",
+        expected="an alias, ENDPOINT/MODEL or model id with traffic",
+        next_step="understudy up, or understudy traffic import FILE",
+    )

@@ -298,7 +298,7 @@ def _named(progress: Report | None, name: str) -> Callable[[Progress], None] | N
 
 def _plan(loaded: config.Config, alias: str, incumbent: str, targets: Sequence[str], out: Path) -> Plan:
     with open_store(loaded.store.url, Path(loaded.root)) as store:
-        plan = make_plan(catalog_of(loaded), incumbent, shapes(store, alias), targets, now=time.time())
+        plan = make_plan(catalog_of(loaded), incumbent, shapes(store, alias).calls, targets, now=time.time())
     path = out / EVIDENCE / PLAN
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(plan), indent=1) + b"\n")

@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import msgspec
 
 from understudy.forms.recorded import answer_as_chat, request_as_chat
-from understudy.protocol import CallShape, Json, Usage, answer_text
+from understudy.protocol import PLANNED_ON, CallShape, Json, Usage, answer_text
 from understudy.traffic.record import Feedback
 from understudy.traffic.store import Store, StoredCall
 
@@ -135,9 +135,32 @@ def _first(expected: str) -> str:
         return expected
 
 
-def shapes(store: Store, alias: str | None = None, *, since: float | None = None) -> list[CallShape]:
-    """The shape of every answered call of an alias (None: of all), without opening a text."""
-    return store.shapes(alias=alias, since=since)
+class Shapes(NamedTuple):
+    """Calls to plan on."""
+
+    calls: list[CallShape]
+    whole: bool
+    """Whether these are all there are in the window that was asked for."""
+
+
+def shapes(
+    store: Store,
+    alias: str | None = None,
+    *,
+    targets: Sequence[str] = (),
+    since: float | None = None,
+    latest: int = PLANNED_ON,
+) -> Shapes:
+    """The shape of the ``latest`` answered calls (0: all) of an alias, of ``targets``, or (None) of all,
+    without opening a text.
+
+    Of several targets from one moment on: each one's latest calls alone would be of different times.
+    """
+    most = latest or None
+    parts = [store.shapes(alias=alias, target=t, since=since, latest=most) for t in targets or (None,)]
+    cut = [part[0].at for part in parts if part and len(part) == most]
+    first = max(cut, default=0.0)
+    return Shapes([call for part in parts for call in part if call.at >= first], not cut)
 
 
 def sample_hash(sample: Iterable[Exchange]) -> str:

@@ -45,6 +45,8 @@ Price = Callable[[Call], Cost | None]
 Stage = Literal["replay", "shadow", "canary", "held", "promoted", "rolled_back"]
 
 PAGE = 250
+KEY_SLACK_S = 3600.0
+"""A call's key is younger than the call by less than this."""
 """Calls read at a time: a reader never holds the database, nor more than a page, in memory."""
 
 
@@ -395,6 +397,8 @@ class Store:
         where.add("alias = ?", alias)
         where.add(_OF_TARGET, target)
         where.add("at >= ?", since)
+        # keys begin with the millisecond, so a window is a stretch of an index and what is older is not read
+        where.add("key >= ?", None if since is None else f"{int((since - KEY_SLACK_S) * 1000):012x}")
         end = "ORDER BY key" if latest is None else f"ORDER BY key DESC LIMIT {int(latest)}"
         sql = f"SELECT {_SHAPE_COLUMNS} FROM {CALLS} {where.sql} {end}"  # noqa: S608 literals, a number and "?"
         table = self._database.query(sql, where.values)
