@@ -25,6 +25,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from understudy.compress.corpus import Chat, Document, batches, encode_chat, pack
@@ -79,6 +80,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         }
         | kw
     ),
+    "smollm3": lambda **kw: SmolLM3Config(no_rope_layer_interval=2, **kw),
     "mixtral": lambda **kw: MixtralConfig(
         **{"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6} | kw
     ),

@@ -15,13 +15,14 @@ from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import Gram
 from understudy.compress.decoder import bias_of, body, extras_of, head_weight, layers_of, shape_of
+from understudy.compress.families import DENSE
 from understudy.compress.importance import refit_gain, refit_reader
 from understudy.compress.prune import Method, prune
 from understudy.compress.taylor import channel_sensitivity
 from understudy.errors import InputError, ModelError
 
 EXACT = Method(precision="fp32")
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
+FAMILIES = [family.model_type for family in DENSE]
 AXES: dict[str, Any] = {"ffn": 16, "heads": 4, "kv_heads": 1, "hidden": 24, "layers": 2}
 COMBINATIONS = [chosen for count in (1, 2, 3, 4, 5) for chosen in itertools.combinations(AXES, count)]
 

@@ -13,11 +13,12 @@ from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import enter
 from understudy.compress.decoder import extras_of, family_of, layers_of, parameters, shape_of
+from understudy.compress.families import DENSE
 from understudy.compress.fidelity import final_hidden
 from understudy.compress.prune import prune
 from understudy.errors import ModelError
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
+FAMILIES = [family.model_type for family in DENSE]
 SHAPES = [
     {"ffn": 16},
     {"heads": 4},

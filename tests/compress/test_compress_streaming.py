@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from understudy.compress import checkpoint, streaming
 from understudy.compress import plan as plans
 from understudy.compress.decoder import extras_of, layers_of, shape_of
+from understudy.compress.families import DENSE
 from understudy.compress.journal import Journal
 from understudy.compress.prune import Method, prune
 from understudy.compress.single import PruneJob, Sizes, prune_only
@@ -31,7 +32,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(weight, right[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", [family.model_type for family in DENSE])
 @pytest.mark.parametrize("tied", [True, False])
 def test_streamed_or_loaded_the_student_is_the_same(
     family, tied, make, text, tokenizer, tmp_path, monkeypatch

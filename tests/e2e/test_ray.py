@@ -85,7 +85,11 @@ def model(vocabulary: int, seed: int) -> LlamaForCausalLM:
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    made = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)  # two that say different things
+    return made
 
 
 def plainly(*arguments: str) -> Any:

@@ -40,6 +40,16 @@ def test_every_object_has_a_known_kind_and_a_name_of_its_own():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize("version", ["1.31", "1.35"])
+def test_kubernetes_own_schemas_take_every_object_without_an_unknown_field(version):
+    validate = pytest.importorskip("kubernetes_validate")
+    for one in OBJECTS:
+        validate.validate(one, version, strict=True)
+    typo = {**OBJECTS[0], "spec": {**OBJECTS[0]["spec"], "replica": 3}}
+    with pytest.raises(validate.ValidationError, match="replica"):
+        validate.validate(typo, version, strict=True)
+
+
 @pytest.mark.parametrize("work", SETS, ids=lambda w: w["metadata"]["name"])
 def test_selectors_find_their_pods_and_mounts_their_volumes(work):
     spec = work["spec"]

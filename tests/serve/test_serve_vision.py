@@ -16,7 +16,7 @@ from understudy import processor
 from understudy.config import Serve
 from understudy.serve.server import start
 
-FAMILIES = ["idefics3", "qwen2_vl", "mllama", "gemma3", "qwen2_audio"]
+FAMILIES = ["idefics3", "qwen2_vl", "mllama", "gemma3", "qwen2_audio", "voxtral"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ async def serving(models: dict[str, str], root: Path) -> AsyncIterator[AsyncOpen
 
 
 def asked(family: str, number: int) -> list[dict[str, Any]]:
-    return seeing.chats("audio" if "audio" in family else "image")[number][:1]
+    return seeing.chats("audio" if family in ("qwen2_audio", "voxtral") else "image")[number][:1]
 
 
 def oracle(family: str, folder: Path, messages: list[dict[str, Any]], count: int) -> str:

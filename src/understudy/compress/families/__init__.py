@@ -31,9 +31,11 @@ from understudy.compress.families.qwen_vl import (
     QWEN3_VL,
     QWEN3_VL_TEXT,
 )
+from understudy.compress.families.smollm3 import SMOLLM3
 
 MIXTURES: tuple[Mixture, ...] = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE)
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, *MIXTURES)
+DENSE: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, SMOLLM3)
+FAMILIES: tuple[Family, ...] = (*DENSE, *MIXTURES)
 DECODERS: tuple[Family, ...] = (*FAMILIES, QWEN2_VL_TEXT, QWEN2_5_VL_TEXT, QWEN3_VL_TEXT, MLLAMA_TEXT)
 HOSTS: tuple[Host, ...] = (
     *(LLAVA, IDEFICS3, SMOLVLM, GEMMA3_VISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, MLLAMA),
