@@ -49,7 +49,7 @@ def speaks(name: str) -> bool:
 def load(name: str) -> Voxtral:
     """Raises OSError where tekken.json or preprocessor_config.json is missing."""
     from transformers import AutoFeatureExtractor
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     words = cached_file(name, WORDS)
     assert words is not None, "cached_file raises for what is missing"
@@ -63,7 +63,7 @@ class Voxtral:
     chat_template = TEMPLATE
 
     def __init__(self, ears: Any, words: Path) -> None:
-        from transformers.integrations.mistral import convert_tekken_tokenizer
+        from transformers.integrations.mistral.tokenizer import convert_tekken_tokenizer
 
         self.feature_extractor = ears
         self.tokenizer: Any = convert_tekken_tokenizer(str(words), chat_template=TEMPLATE)
