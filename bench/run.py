@@ -28,6 +28,7 @@ BENCHES = (
     "distillation",
     "mixtures",
     "ray_capture",
+    "ray_asking",
     "vision",
     "serving",
 )
