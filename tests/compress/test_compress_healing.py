@@ -63,6 +63,9 @@ teacher, student = (AutoModelForCausalLM.from_pretrained(name) for name in ("tea
 job = msgspec.json.decode(Path("job.json").read_bytes(), type=tuple[list[list[int]], Settings])
 documents = [Document(tokens, [i > 25 for i in range(len(tokens))]) for tokens in job[0]]
 curve = heal(student, LiveTeacher(teacher), Corpus(documents[10:], documents[:10]), job[1], Path("peers"))
+for model in (teacher, student):
+    weight = model.model.layers[1].mlp.down_proj.weight
+    assert 2 * weight.to_local().numel() == weight.numel(), "a half is here"
 """
 
 

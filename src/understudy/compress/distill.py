@@ -225,7 +225,7 @@ class _Run:
         if self.matching is not None:
             self.matching.to(self.peers.device)
         if isinstance(self.teacher, LiveTeacher):
-            self.teacher.to(self.peers.device)
+            self.teacher.join(self.peers)
         self.trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
         extra = self.matching.named_parameters() if self.matching is not None else ()
         self.learnt = self.trained | {f"matching.{n}": p for n, p in extra}

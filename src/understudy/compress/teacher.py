@@ -21,6 +21,8 @@ from understudy.compress.signal import Dense, Head, Signal, Sparse
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from understudy.compress.processes import Processes
+
 CACHE_BYTES = 512 << 20
 
 
@@ -56,7 +58,7 @@ class _States(NamedTuple):
 
 
 class LiveTeacher:
-    """An open model in this process, its states remembered up to ``cache_bytes``.
+    """An open model, its states remembered up to ``cache_bytes``; among several processes each holds a part.
 
     A head product turns states into exact logits, so what is kept of a row is its states, in bf16 (2·width
     bytes a token), and rows seen again in a later epoch cost no teacher forward. ``layers`` names decoder
@@ -73,10 +75,12 @@ class LiveTeacher:
         self.layers = tuple(layers)
         self._cache: dict[int, _States] = {}
         self._free = cache_bytes
+        self._peers: Processes | None = None
 
-    def to(self, device: torch.device) -> None:
-        """Move it to where the student is."""
-        self.model.to(device)  # pyright: ignore[reportArgumentType] -- torch's overloads hide behind a decorator
+    def join(self, peers: Processes) -> None:
+        """Spread it over the processes as the student is; every one of them must then ask as often."""
+        peers.shard(self.model)
+        self._peers = peers
         self.head = Head(head_weight(self.model).detach(), self.head.softcap)
 
     def may_share(self, length: int) -> bool:
@@ -85,7 +89,8 @@ class LiveTeacher:
     def signal(self, keys: Sequence[int], rows: Sequence[Row]) -> Dense:
         known = [self._cache.get(key) for key in keys]
         missing = [i for i, states in enumerate(known) if states is None]
-        if missing:
+        if self._forward(needed=bool(missing)):
+            missing = missing or [0]
             fresh = self._fresh([rows[i] for i in missing])
             for i, states in zip(missing, fresh, strict=True):
                 known[i] = states
@@ -95,6 +100,12 @@ class LiveTeacher:
         return Dense(
             torch.cat([s.final for s in found]), self.head, tuple(torch.cat(part) for part in layers)
         )
+
+    def _forward(self, *, needed: bool) -> bool:
+        """Whether to run the model; where it is spread that is a meeting, held if one process needs it."""
+        if self._peers is None or self._peers.size == 1:
+            return needed
+        return self._peers.summed([float(needed)])[0] > 0
 
     def unremembered(self, batch: Batch) -> Dense:
         """The signal of a batch that will not come again."""
@@ -114,7 +125,7 @@ class LiveTeacher:
 
     def _remember(self, key: int, states: _States) -> None:
         """First come, first kept: with shuffled epochs every row is as likely to return as any other."""
-        if states.bytes <= self._free:
+        if key not in self._cache and states.bytes <= self._free:
             self._cache[key] = _States(states.final.clone(), tuple(t.clone() for t in states.layers))
             self._free -= states.bytes
 
