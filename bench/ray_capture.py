@@ -243,9 +243,11 @@ def table(runs: list[Run]) -> str:
 
 
 def _row(run: Run, plain: Run) -> str:
+    # what the dead node's processes had spent is gone with them
+    spent = ("–", "–") if "killed" in run.name else (f"{run.cpu:.2f}", f"{run.cpu / plain.cpu:.2f}")
     return (
         f"| {run.name} | {run.seconds:.1f} | {run.warm.seconds - run.begun.seconds:.1f} | {run.rate:,.0f} | "
-        f"{run.rate / plain.rate:.2f} | {run.cpu:.2f} | {run.cpu / plain.cpu:.2f} | "
+        f"{run.rate / plain.rate:.2f} | {spent[0]} | {spent[1]} | "
         f"{run.fault or 'all, byte by byte'} |"
     )
 
