@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from understudy.catalog.pictures import rule_of, size_of, tokens_of
 from understudy.catalog.tokens import Counted, token_ratio
+from understudy.cli.main import main
 
 
 @pytest.mark.parametrize(
@@ -80,3 +85,33 @@ def test_a_plan_counts_pictures_by_the_candidates_rule(tmp_path: Path):
     found = token_ratio(tmp_path / "tokenizer.json", [call], "google/gemini-2.5-flash")
     assert found.mean == pytest.approx((3 + 258) / 100)
     assert token_ratio(tmp_path / "tokenizer.json", [call], "local/nobody") is None
+
+
+def test_a_plan_counts_pictures_without_anybodys_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Recorded with GPT-4o, whose picture of 96 x 40 is one tile, 255 tokens; words stay as recorded."""
+    monkeypatch.chdir(tmp_path)
+    Path("understudy.toml").write_text(
+        "[endpoints.openai]\nbase_url = 'http://127.0.0.1:1/v1'\n[aliases.eyes]\nmodel = 'openai/gpt-4o'\n"
+        "[catalog]\noverlay = 'facts.yaml'\n"
+    )
+    names = ("google/gemini-2.5-flash", "anthropic/claude-haiku-4-5")
+    facts = "{inputs: [text, image], context_window: 9000, prices: {input: 1.0, output: 10.0}}"
+    Path("facts.yaml").write_text("models:\n" + "".join(f"  {name}: {facts}\n" for name in names))
+    usage = {"prompt_tokens": 300, "completion_tokens": 20}
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a box"}, "finish_reason": "stop"}
+    line = {
+        "request": {"model": "gpt-4o", **_request(_file("PNG"))},
+        "response": {"model": "gpt-4o", "choices": [choice], "usage": usage},
+    }
+    Path("log.jsonl").write_text("\n".join(json.dumps({**line, "at": 1.79e9 + n}) for n in range(4)))
+    invoke = partial(CliRunner().invoke, main, catch_exceptions=False)
+    assert (
+        invoke(["traffic", "import", "log.jsonl", "--alias", "eyes", "--endpoint", "openai"]).exit_code == 0
+    )
+    names = ("google/gemini-2.5-flash", "anthropic/claude-haiku-4-5")
+    made = json.loads(invoke(["plan", "eyes", *(f"--candidate={n}" for n in names), "--json"]).stdout)
+    found = {c["model"]: c for c in made["candidates"]}
+    for name, picture in zip(names, (258, math.ceil(96 * 40 / 750)), strict=True):
+        cost = (300 - 255 + picture) * 1e-6 + 20 * 10e-6
+        assert found[name]["usd_per_call"] == pytest.approx(cost), name
+        assert found[name]["tokens"].startswith("counted with its rule for pictures on 4 calls")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,19 @@ from understudy import config
 from understudy.cli.main import main
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-OBJECTS: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes/understudy.yaml").read_text()))
+OBJECTS: list[dict[str, Any]] = [
+    one
+    for name in ("understudy", "workers")
+    for one in yaml.safe_load_all((DEPLOY / f"kubernetes/{name}.yaml").read_text())
+]
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose/compose.yaml").read_text())
 VERSIONS = {
     "Service": "v1",
     "StatefulSet": "apps/v1",
     "Deployment": "apps/v1",
     "PodDisruptionBudget": "policy/v1",
+    "Job": "batch/v1",
+    "PersistentVolumeClaim": "v1",
 }
 SETS = [o for o in OBJECTS if o["kind"] in ("StatefulSet", "Deployment")]
 
@@ -30,7 +38,9 @@ def containers(work: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def commands() -> list[list[str]]:
-    found = [c["command"] for work in SETS for c in containers(work) if "command" in c]
+    work = [*SETS, *(o for o in OBJECTS if o["kind"] == "Job")]
+    found = [c["command"] for one in work for c in containers(one) if "command" in c]
+    found = [shlex.split(c[2])[1:] if c[:2] == ["sh", "-c"] else c for c in found]
     return found + [s["command"] for s in COMPOSE["services"].values() if "command" in s]
 
 
@@ -86,6 +96,23 @@ def test_commands_and_options_exist(command):
     found = main.get_command(click.Context(main), command[1])
     options = {name for parameter in found.params for name in parameter.opts}
     assert {word for word in command if word.startswith("--")} <= options
+
+
+def test_workers_share_the_shards_out_among_all_of_them():
+    (job,) = [o for o in OBJECTS if o["kind"] == "Job"]
+    spec, (container,) = job["spec"], containers(job)
+    parts = container["command"][2].rpartition("--part ")[2]
+    assert (spec["completionMode"], parts) == (
+        "Indexed",
+        f"$((JOB_COMPLETION_INDEX + 1))/{spec['completions']}",
+    )
+    run = subprocess.run(
+        ["sh", "-c", f"echo {parts}"], env={"JOB_COMPLETION_INDEX": "3"}, capture_output=True
+    )
+    assert part_of(run.stdout.decode().strip()) == (4, spec["completions"])
+    claims = {o["metadata"]["name"] for o in OBJECTS if o["kind"] == "PersistentVolumeClaim"}
+    volumes = job["spec"]["template"]["spec"]["volumes"]
+    assert {v["persistentVolumeClaim"]["claimName"] for v in volumes} == claims
 
 
 @pytest.mark.parametrize("place", ["compose", "kubernetes"])

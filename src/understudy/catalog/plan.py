@@ -90,6 +90,10 @@ class TokenRatio(msgspec.Struct, frozen=True):
     """Of one call."""
     calls: int
     """Counted."""
+    said: float | None = None
+    """The same of answers; None: as of prompts."""
+    by: str = "its tokenizer"
+    """What counted."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -396,7 +400,8 @@ class _Scale(NamedTuple):
         load, ratio = self.load, self._ratio(facts)
         fit = self._fit(facts, ratio.most)
         rates = rates_at(self.catalog, facts.id, self.now)
-        usd = None if rates is None else load.usd(rates) * ratio.mean
+        scale = 1.0 if rates is None else self._scale(rates, ratio)
+        usd = None if rates is None else load.usd(rates) * scale
         band = None if rates is None else load.usd_band(rates)
         retires = facts.retires.value if facts.retires else None
         energy = facts.energy.value if facts.energy else None
@@ -426,8 +431,8 @@ class _Scale(NamedTuple):
             peer=peer,
             tier=tier_of(facts, rates, self.tiers).tier if self.tiers else "",
             tokens=self._tokens(facts),
-            usd_low=band[0] * ratio.mean if band else None,
-            usd_high=band[1] * ratio.mean if band else None,
+            usd_low=band[0] * scale if band else None,
+            usd_high=band[1] * scale if band else None,
             usd_per_month_uncached=_per(None if rates is None else load.usd_uncached(rates), load.months),
             usd_per_month_batch=_per(self._batch(facts, rates), load.months),
             kwh_per_month=self._per_month(energy.kwh) if energy else None,
@@ -452,9 +457,17 @@ class _Scale(NamedTuple):
             return self.ratios[facts.id]
         return TokenRatio(1.0, 1.0 if facts.vendor == self.leaving.vendor else TOKENIZER_BOUND, 0)
 
+    def _scale(self, rates: Rates, ratio: TokenRatio) -> float:
+        """Cost per USD of the recorded tokens: prompts and answers change by ratios of their own."""
+        whole = self.load.usd(rates)
+        if ratio.said is None or not whole:
+            return ratio.mean
+        said = self.load.usd_said(rates)
+        return ((whole - said) * ratio.mean + said * ratio.said) / whole
+
     def _tokens(self, facts: ModelFacts) -> str:
         if ratio := self.ratios.get(facts.id):
-            return f"counted with its tokenizer on {ratio.calls} calls: {ratio.mean:.2f} per recorded token"
+            return f"counted with {ratio.by} on {ratio.calls} calls: {ratio.mean:.2f} per recorded token"
         if facts.vendor == self.leaving.vendor:
             return "as recorded: the same vendor"
         return f"at most {TOKENIZER_BOUND} per recorded token"

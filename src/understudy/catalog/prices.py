@@ -68,6 +68,19 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             cache_write_1h=self.input,
         )
 
+    @property
+    def unasked(self) -> Tier:
+        """The same prices where prompts cost nothing."""
+        return msgspec.structs.replace(
+            self,
+            input=0.0,
+            cached=0.0,
+            cached_audio=0.0,
+            cache_write=0.0,
+            cache_write_1h=0.0,
+            input_audio=0.0,
+        )
+
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A model's price at some day. The highest tier whose bound a prompt exceeds holds for the call."""

@@ -1,6 +1,7 @@
-"""How many tokens another tokenizer makes of the calls you recorded, counted instead of bounded.
+"""How many tokens another model makes of the calls you recorded, counted instead of bounded.
 
-It needs a copy of the candidate's tokenizer (``tokenizer.json``), which the overlay names, and recorded
+Words need a copy of the candidate's tokenizer (``tokenizer.json``), which the overlay names; pictures need
+the published rules of both vendors, the candidate's and that of the model which answered. Both need recorded
 texts. It ignores chat templates beyond a few tokens a message: those the recorded count holds too.
 """
 
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from understudy.catalog import pictures
-from understudy.catalog.facts import Catalog
-from understudy.catalog.plan import TokenRatio
+from understudy.catalog.facts import Catalog, ModelFacts
+from understudy.catalog.plan import TOKENIZER_BOUND, TokenRatio
 from understudy.config import Config
 from understudy.errors import InputError, MissingExtraError
 
@@ -27,17 +28,52 @@ class Counted(NamedTuple):
 
     request: Mapping[str, Any]
     prompt_tokens: int
+    model: str = ""
+    """ENDPOINT/MODEL that answered."""
 
 
 def ratios_by_model(
-    config: Config, catalog: Catalog, recorded: Callable[[], Iterable[Counted]], only: Collection[str] = ()
+    config: Config,
+    catalog: Catalog,
+    recorded: Callable[[], Iterable[Counted]],
+    only: Collection[str] = (),
+    *,
+    pictures_sent: bool = False,
 ) -> dict[str, TokenRatio]:
-    """Ratios of all models (or of ``only``, by id) whose tokenizer the overlay names. ``recorded`` is asked
-    for calls if there is one. Raises as `token_ratio` does."""
-    own = [m for m in catalog if m.tokenizer and (not only or m.id in only)]
-    counted = list(recorded()) if own else []
+    """Ratios of all models (or of ``only``, by id) whose tokenizer the overlay names and, with
+    ``pictures_sent``, of those with a rule for pictures. ``recorded`` is asked for calls if there is one.
+
+    Raises as `token_ratio` does.
+    """
+    asked = [m for m in catalog if not only or m.id in only]
+    own = [m for m in asked if m.tokenizer]
+    ruled = [m for m in asked if pictures_sent and not m.tokenizer and pictures.rule_of(m.id)]
+    counted = list(recorded()) if own or ruled else []
     told = {m.id: token_ratio(config.path(m.tokenizer.value), counted, m.id) for m in own if m.tokenizer}
+    seen = [(call, pictures.tokens_of(call.model, call.request)) for call in counted]
+    for facts in ruled if any(tokens for _, tokens in seen) else []:
+        told[facts.id] = _picture_ratio(facts, seen, catalog)
     return {model: ratio for model, ratio in told.items() if ratio}
+
+
+def _picture_ratio(
+    facts: ModelFacts, seen: Iterable[tuple[Counted, int | None]], catalog: Catalog
+) -> TokenRatio | None:
+    """By the rules of both vendors, words as recorded (another vendor's at most by its bound); ``seen`` are
+    the tokens that pictures had, None where nobody can tell."""
+    here, there, most = 0, 0, 0.0
+    count = 0
+    for call, tokens in seen:
+        wanted = pictures.tokens_of(facts.id, call.request)
+        if tokens is None or wanted is None or call.prompt_tokens < max(LEAST, tokens):
+            continue
+        answered = catalog.find(call.model)
+        bound = 1.0 if answered and answered.vendor == facts.vendor else TOKENIZER_BOUND
+        words = call.prompt_tokens - tokens
+        here, there, count = here + words + wanted, there + call.prompt_tokens, count + 1
+        most = max(most, (words * bound + wanted) / call.prompt_tokens)
+    by = "its rule for pictures"
+    return TokenRatio(here / there, most, count, said=1.0, by=by) if count else None
 
 
 def token_ratio(tokenizer: Path, calls: Iterable[Counted], model: str = "") -> TokenRatio | None:
@@ -60,16 +96,18 @@ def token_ratio(tokenizer: Path, calls: Iterable[Counted], model: str = "") -> T
         ) from error
     here: list[int] = []
     there: list[int] = []
+    pictured = 0
     for call in calls:
         texts, seen = _texts(call.request), pictures.tokens_of(model, call.request)
         if texts and seen is not None and call.prompt_tokens >= LEAST:
             words = sum(len(count.encode(text, add_special_tokens=False).ids) for text in texts)
             here.append(words + seen)
             there.append(call.prompt_tokens)
+            pictured += seen
     if not here:
         return None
     most = max(mine / theirs for mine, theirs in zip(here, there, strict=True))
-    return TokenRatio(sum(here) / sum(there), most, len(here))
+    return TokenRatio(sum(here) / sum(there), most, len(here), said=1.0 if pictured else None)
 
 
 def _texts(request: Mapping[str, Any]) -> list[str]:

@@ -168,6 +168,12 @@ class Workload:
         """The same if nothing had been read from or written to a cache."""
         return self.usd(msgspec.structs.replace(rates, tiers=tuple(t.uncached for t in rates.tiers)))
 
+    def usd_said(self, rates: Rates) -> float:
+        """What the answers alone cost."""
+        return self.usd(
+            msgspec.structs.replace(rates, tiers=tuple(t.unasked for t in rates.tiers), per_call=0.0)
+        )
+
     def usd_batched(self, rates: Rates, batch: Rates) -> float:
         """The same if the calls that do not stream (nobody watches their answers grow) went by batch."""
         return self._all.usd(rates) - self._patient.usd(rates) + self._patient.usd(batch)

@@ -7,6 +7,7 @@ import datetime as dt
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -217,7 +218,9 @@ def plan(
         incumbent, recorded = _recorded(config, store, model, since, latest)
         latencies = latencies_by_model(catalog, store.latencies())
         named = {facts.id for name in candidates if (facts := catalog.find(name))}
-        ratios = ratios_by_model(config, catalog, lambda: _counted(store), named)
+        seen = any("image" in call.modalities for call in recorded.calls)
+        calls = partial(_counted, store, model)
+        ratios = ratios_by_model(config, catalog, calls, named, pictures_sent=seen)
     made = make_plan(
         catalog,
         incumbent,
@@ -239,14 +242,17 @@ def plan(
         print_plan(made, top)
 
 
-def _counted(store: Store) -> Iterator[Counted]:
-    """The latest calls with their texts and their vendor's count."""
+def _counted(store: Store, model: str) -> Iterator[Counted]:
+    """The latest calls of an alias or model with their texts and their vendor's count."""
     from understudy.catalog.tokens import LATEST, Counted
 
-    for c in store.calls(ok=True, limit=LATEST, newest_first=True, texts=True):
+    alias = model if any(use.alias == model for use in store.models()) else None
+    target = model if alias is None and "/" in model else None
+    latest = store.calls(alias=alias, target=target, ok=True, limit=LATEST, newest_first=True, texts=True)
+    for c in latest:
         if c.call.request and c.call.usage and not c.call.usage_estimated:
             request = msgspec.json.decode(c.call.request, type=dict[str, Any])
-            yield Counted(request, c.call.usage.prompt_tokens)
+            yield Counted(request, c.call.usage.prompt_tokens, c.call.target)
 
 
 def _catalog(config: Config | None) -> Catalog:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -86,7 +87,12 @@ class Plans:
                     tiers=rules,
                     rank=_order(rank),
                     latencies=latencies_by_model(desk.catalog, desk.store.latencies()),
-                    ratios=ratios_by_model(desk.config, desk.catalog, lambda: _counted(desk)),
+                    ratios=ratios_by_model(
+                        desk.config,
+                        desk.catalog,
+                        partial(_counted, desk, chosen.alias),
+                        pictures_sent=any("image" in call.modalities for call in shapes),
+                    ),
                 )
                 self._made[asked] = kept
                 while len(self._made) > MOST_KEPT:
@@ -98,9 +104,9 @@ def _order(first: Key) -> tuple[Key, ...]:
     return (first, *(key for key in RANK_BY if key != first))
 
 
-def _counted(desk: Desk) -> Iterator[Counted]:
-    """The latest calls with their texts and their vendor's count."""
-    for c in desk.store.calls(ok=True, limit=COUNTED, newest_first=True, texts=True):
+def _counted(desk: Desk, alias: str) -> Iterator[Counted]:
+    """The latest calls of an alias with their texts and their vendor's count."""
+    for c in desk.store.calls(alias=alias, ok=True, limit=COUNTED, newest_first=True, texts=True):
         if c.call.request and c.call.usage and not c.call.usage_estimated:
             request = msgspec.json.decode(c.call.request, type=dict[str, Any])
-            yield Counted(request, c.call.usage.prompt_tokens)
+            yield Counted(request, c.call.usage.prompt_tokens, c.call.target)
