@@ -31,7 +31,7 @@ import uvloop
 from understudy import config as configuration
 from understudy.config import Config
 from understudy.rollout.controller import Controller
-from understudy.rollout.shadow import Means
+from understudy.rollout.own_call import Means
 from understudy.rollout.trials import UNDER_WAY, Order, begin
 from understudy.traffic.indexer import Indexer
 from understudy.traffic.store import Store, open_store

@@ -274,6 +274,15 @@ class Rollout(Section, frozen=True, kw_only=True):
     """Largest probability of promoting a candidate that is worse by the margin."""
     rollback_alpha: float = 0.001
     """Largest probability, for each guard, of rolling back a candidate that keeps within it."""
+    judge: str = ""
+    """ENDPOINT/MODEL that scores finished tasks of both models of which nobody said how they went; of another
+    maker than either. Empty: none does."""
+    rubric: str = ""
+    """What the judge goes by; empty: correctness, then completeness, then clarity."""
+    judge_sample: float = 1.0
+    """Share of the candidate's tasks that are judged; of the incumbent's about two for each of them."""
+    judge_usd: float = 5.0
+    """Most US dollars that the judge may cost in one trial."""
     settle_s: float = 60.0
     """Seconds after a task's first call at which its outcome is read; what is said later does not count."""
     task_idle_s: float = 1800.0
@@ -552,7 +561,7 @@ def _check_references(config: Config, faults: _Faults) -> None:
     if config.drill.alias and config.drill.alias not in config.aliases:
         faults.add("drill.alias", f"{config.drill.alias!r}: no [aliases.{config.drill.alias}]")
     _check_redaction(config.redact, faults)
-    _check_rollout(config.rollout or Rollout(), faults)
+    _check_rollout(config, faults)
     _check_ranges(config, faults)
     for where, keep in (("store.keep_days", config.store.keep_days), ("store.keep_gb", config.store.keep_gb)):
         if not 0.0 <= keep < float("inf"):
@@ -576,7 +585,10 @@ def _check_weights(config: Config, name: str, alias: Alias, faults: _Faults) -> 
         faults.add(f"aliases.{name}.weights", "all are 0: expected one that is more")
 
 
-def _check_rollout(rollout: Rollout, faults: _Faults) -> None:
+def _check_rollout(config: Config, faults: _Faults) -> None:
+    rollout = config.rollout or Rollout()
+    if rollout.judge and not _known_target(config, rollout.judge):
+        faults.add("rollout.judge", _unknown_target(config, rollout.judge))
     _check_secret("rollout.webhook", rollout.webhook, faults)
     rising = all(a < b <= 1 for a, b in pairwise([0.0, *rollout.shares]))
     if not rollout.shares or not rising or rollout.shares[0] >= 0.5:
@@ -624,6 +636,7 @@ def _check_ranges(config: Config, faults: _Faults) -> None:
         ("rollout.replay_tasks", rollout.replay_tasks),
         ("rollout.shadow_tasks", rollout.shadow_tasks),
         ("rollout.shadow_usd", rollout.shadow_usd),
+        ("rollout.judge_usd", rollout.judge_usd),
         ("rollout.settle_s", rollout.settle_s),
         ("rollout.task_idle_s", rollout.task_idle_s),
         ("rollout.hold_days", rollout.hold_days),

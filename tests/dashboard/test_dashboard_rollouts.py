@@ -28,7 +28,7 @@ from understudy.dashboard.server import start
 from understudy.errors import UserError
 from understudy.rollout.controller import Controller
 from understudy.rollout.look import look_at
-from understudy.rollout.shadow import Means
+from understudy.rollout.own_call import Means
 from understudy.rollout.standing import Pair, Standing
 from understudy.rollout.trials import Order, begin
 from understudy.traffic.record import Call, Feedback, new_key

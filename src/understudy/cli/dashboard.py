@@ -81,6 +81,8 @@ def moves_of(config: configuration.Config) -> Moves:
         )  # fmt: skip
 
     def checked(store: Store, catalog: Catalog, asked: Order, proof: Proof | None) -> Terms:
+        if asked.do == "start":
+            terms.fit_to_judge(config, store, asked.alias, asked.to)
         evidence = terms.proven(proof.path, asked.to, proof.shown) if proof else ""
         until = terms.deadline(config, store, catalog, asked.alias, asked.until) if asked.until else 0.0
         return Terms(evidence, until)

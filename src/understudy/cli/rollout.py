@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from understudy.rollout.controller import Report
     from understudy.rollout.look import Look
     from understudy.rollout.move import Moved
-    from understudy.rollout.shadow import Means
+    from understudy.rollout.own_call import Means
     from understudy.traffic.store import Route, Store
 
 
@@ -118,7 +118,7 @@ def start(
     """
     from understudy.catalog.facts import catalog_of
     from understudy.rollout.move import move
-    from understudy.rollout.terms import deadline, proven
+    from understudy.rollout.terms import deadline, fit_to_judge, proven
     from understudy.rollout.trials import Order, begin
 
     config = configuration.load(config_path)
@@ -127,6 +127,8 @@ def start(
     proof = proven(evidence, target) if evidence else ""
     settings = config.rollout or configuration.Rollout()
     with _store(config) as store:
+        if not now:
+            fit_to_judge(config, store, alias, target)
         ends = deadline(config, store, catalog_of(config), alias, until) if until else 0.0
         if dry_run:
             _show_course(settings, target, now, ends, as_json)
@@ -265,7 +267,7 @@ def _means_of(config: Config) -> Callable[[str], Means]:
     from understudy.catalog.facts import catalog_of
     from understudy.catalog.prices import pricer
     from understudy.evaluate.trial import connect
-    from understudy.rollout.shadow import Means
+    from understudy.rollout.own_call import Means
     from understudy.traffic.redact import redactor_of
 
     price = pricer(catalog_of(config), config.endpoints)
@@ -294,6 +296,10 @@ def _show_look(alias: str, look: Look) -> None:
     bets = f"evidence for no worse {look.e_no_worse:.3g}, for worse {look.e_worse:.3g}"
     click.echo(f"{alias}: {look.candidate} at {look.share:.0%}; {done}")
     click.echo(f"  outcomes: difference {look.difference:+.3f}; {bets}")
+    if look.judge:
+        trouble = f"; {look.judge_trouble}" if look.judge_trouble else ""
+        money = f"${look.judge_usd:.2f} of ${look.judge_usd_most:.2f}"
+        click.echo(f"  judge {look.judge}: {look.judged} tasks of the candidate scored, {money}{trouble}")
     for name, guard in look.guards.items():
         tolerated = f"{guard.tolerated:.0%} tolerated"
         click.echo(f"  {name}: {guard.rate:.1%}, {tolerated}, e-value {guard.e_value:.3g}")
@@ -313,11 +319,15 @@ def _show_course(
         replay = [{"stage": "replay", "calls": settings.replay_tasks}] if settings.replay_tasks else []
         shadow = [{"stage": "shadow", "copies": settings.shadow_tasks}] if settings.shadow_tasks else []
         stages = [*replay, *shadow, *canary, *stages]
+    judge = settings.judge if not now else ""
     if as_json:
-        print_json({"candidate": target, "deadline": deadline or None, "stages": stages})
+        told = {"judge": judge, "judge_usd": settings.judge_usd} if judge else {}
+        print_json({"candidate": target, "deadline": deadline or None, "stages": stages, **told})
         return
     for stage in stages:
         click.echo(" ".join([str(stage["stage"]), *(f"{k} {v}" for k, v in stage.items() if k != "stage")]))
+    if judge:
+        click.echo(f"judged by {judge} where nobody else says, for ${settings.judge_usd:g} at most")
     click.echo("nothing was changed")
 
 

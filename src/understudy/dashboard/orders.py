@@ -171,7 +171,8 @@ def _course(settings: Rollout, *, replay: bool) -> list[str]:
     copies = [f"shadow: {settings.shadow_tasks} copies"] if settings.shadow_tasks else []
     steps = zip(settings.shares, settings.tasks, strict=True)
     canary = [f"canary {share * 100:g} %: {tasks} tasks" for share, tasks in steps]
-    return [*calls, *copies, *canary, "promoted"]
+    judged = f"judged by {settings.judge} where nobody else says, for ${settings.judge_usd:g} at most"
+    return [*calls, *copies, *canary, *([judged] if settings.judge else []), "promoted"]
 
 
 def _command(desk: Desk, order: Order) -> str:

@@ -51,6 +51,11 @@ class LookShown(msgspec.Struct, frozen=True):
     path: list[tuple[int, float, float]]
     guards: dict[str, GuardShown]
     waits_for: list[str]
+    judge: str = ""
+    judged: int = 0
+    judge_usd: float = 0.0
+    judge_usd_most: float = 0.0
+    judge_trouble: str = ""
 
 
 class StageShown(NamedTuple):

@@ -8,6 +8,8 @@ they may be looked at after every task (Ville's inequality), and 1/α of wealth 
 
 What is staked against a candidate is staked on blocks of tasks: the likelihood of what both sides got under
 "worse by so much" over that under one mean for both, which needs fewer tasks than a bet on the difference.
+More than half of it sprints (`Sprint`): two margins are to be seen by a deadline, not as cheaply as possible
+on average.
 
 It ignores where tasks come from (evidence) and what follows from a verdict (controller).
 
@@ -19,14 +21,24 @@ inference", Statistical Science 2023.
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 LARGEST_LOSS = 0.75
 """Share of a bet's stake that the worst round may cost."""
 EFFECTS = (1.0, 2.0, 4.0)
 """Differences bet on, in margins."""
-WORSE_WEIGHTS = (0.08, 0.8, 0.12)
-"""What is first staked on each against the candidate: two margins is what has to be seen soonest."""
+WORSE_WEIGHTS = (0.05, 0.3, 0.05)
+"""What is first staked on each against the candidate."""
+SPRINT_WEIGHT = 0.6
+"""What is staked on seeing `SPRINT_EFFECT` by the deadline."""
+SPRINT_EFFECT = 2.0
+"""Difference that has to be seen soonest, in margins."""
+SPRINT_SLACK = 1.05
+"""Tasks until the deadline, by those with which a test of the sprint's level has even chances."""
+BOLDEST = 3.0
+"""Times `SPRINT_EFFECT` that it bets on at most."""
 FINE_WEIGHTS = (0.7, 0.2, 0.1)
 """The same for it: a candidate as good as the incumbent lies one margin above what is tested."""
 VARIANCE_GUESS, VARIANCE_WEIGHT = 0.25, 20.0
@@ -141,11 +153,47 @@ def likelihood_ratio(block: Block, candidate: float, incumbent: float) -> float:
     return ratio
 
 
+_NORMAL = NormalDist()
+
+
+class Sprint:
+    """Wealth that is to reach a goal by a deadline, and is staked as boldly as that takes.
+
+    Bets of one size for ever win soonest on average; the median is sooner for one who risks all on it. With
+    τ of the deadline's information left and a share w of the goal in hand, the chance of a fair game to make
+    it is w, so the sum of what was seen lacks d = Φ⁻¹(1 − w) of √τ, and the effect to bet on is h(d)/√τ, with
+    h = φ/(1 − Φ) (Browne's formula). Every bet is placed before its block, so wealth stays an e-process.
+    """
+
+    def __init__(self, effect: float, goal: float) -> None:
+        """``goal`` is what its first 1 has to become."""
+        self.wealth = 1.0
+        self._effect = effect
+        self._left = SPRINT_SLACK * _NORMAL.inv_cdf(1.0 - 1.0 / goal) ** 2
+
+    def bet(self, goal: float) -> float:
+        """The difference to bet on next, with what is lacking to the goal now."""
+        share = min(self.wealth / goal, 0.9999)
+        if self._left < 0.05 or share < 1e-9:
+            return self._effect
+        lack = _NORMAL.inv_cdf(1.0 - share)
+        hazard = _NORMAL.pdf(lack) / (1.0 - _NORMAL.cdf(lack))
+        return self._effect * min(hazard / math.sqrt(self._left), BOLDEST)
+
+    def settle(self, ratio: float, information: float) -> None:
+        """``information`` is what was seen: the inverse of the difference's variance."""
+        self.wealth *= ratio
+        self._left -= self._effect**2 * information
+
+
 class Difference:
     """Two e-processes on candidate − incumbent: against "as good" and against "worse by the margin"."""
 
-    def __init__(self, margin: float) -> None:
+    def __init__(self, margin: float, goal: float = 1000.0) -> None:
+        """``goal``: the evidence against the candidate that ends its trial."""
         self.margin = margin
+        self._goal = goal
+        self._sprint = Sprint(SPRINT_EFFECT * margin, goal / SPRINT_WEIGHT)
         self._outcomes = Outcomes()
         self._blocks, self._closing = Blocks(), Rounds()
         self.rounds = 0
@@ -164,7 +212,7 @@ class Difference:
     @property
     def e_worse(self) -> float:
         """Evidence against "at least as good as the incumbent"."""
-        return sum(self._worse)
+        return sum(self._worse) + SPRINT_WEIGHT * self._sprint.wealth
 
     @property
     def e_fine(self) -> float:
@@ -180,11 +228,14 @@ class Difference:
 
     def add_pair(self, pair: Round) -> None:
         """Both models on the same request. Their outcomes depend on each other, so no likelihood is taken."""
-        variance = self._variance
-        for i, effect in enumerate(EFFECTS):
-            wanted = effect * self.margin
-            bet = min(wanted / (variance + wanted * wanted), LARGEST_LOSS)
-            self._worse[i] *= 1.0 - bet * (pair.candidate - pair.incumbent)
+        variance, z = self._variance, pair.candidate - pair.incumbent
+
+        def ratio(effect: float) -> float:
+            return 1.0 - min(effect / (variance + effect * effect), LARGEST_LOSS) * z
+
+        sprint = ratio(self._sprint.bet(self._lacking))
+        self._worse = [w * ratio(e * self.margin) for w, e in zip(self._worse, EFFECTS, strict=True)]
+        self._sprint.settle(sprint, 1.0 / variance)
         self._settle(pair)
 
     @property
@@ -192,13 +243,24 @@ class Difference:
         """Of a round's difference, as far as it is known."""
         return self._squares / (self.rounds + VARIANCE_WEIGHT)
 
+    @property
+    def _lacking(self) -> float:
+        """What the sprint's wealth has to become, with what the other bets have won."""
+        return max((self._goal - sum(self._worse)) / SPRINT_WEIGHT, 1.01)
+
     def _stake_on(self, block: Block) -> None:
         """Settle the bets placed before this block; the next ones know how the incumbent did in it."""
         mean, spread = self._outcomes.mean, self._outcomes.spread
-        for i, effect in enumerate(EFFECTS):
+
+        def ratio(effect: float) -> float:
             # graded answers vary less than right and wrong ones, so more can be staked on them
-            worse = max(mean - effect * self.margin / spread, 0.01)
-            self._worse[i] *= likelihood_ratio(block, worse, mean)
+            return likelihood_ratio(block, max(mean - effect / spread, 0.01), mean)
+
+        sprint = ratio(self._sprint.bet(self._lacking))
+        self._worse = [w * ratio(e * self.margin) for w, e in zip(self._worse, EFFECTS, strict=True)]
+        between = min(max(mean - SPRINT_EFFECT * self.margin / 2.0, 0.05), 0.95)
+        own, beside = (len(side) for side in block)
+        self._sprint.settle(sprint, own * beside / (own + beside) / (between * (1.0 - between) * spread))
         self._outcomes.add(block.incumbent)
 
     def _settle(self, closed: Round) -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from understudy.config import Rollout
 from understudy.rollout.betting import FINE_WEIGHTS
 from understudy.rollout.course import PROOF_SHARE
+from understudy.rollout.judging import BESIDE
 from understudy.traffic.store import Store
 
 POWER = 0.9
@@ -64,8 +65,8 @@ def entry(alias: str, model: str, retires: dt.date | None, traffic: Traffic, set
     """The latest safe start of a trial on one alias."""
     if not traffic.tasks_per_day:
         return Entry(alias, model, retires, 0.0, None, None, None, "no traffic in the last two weeks")
-    if not traffic.told:
-        missing = "nobody says how tasks went: POST /feedback"
+    if not traffic.told and not (settings.judge and settings.judge_sample):
+        missing = "nobody says how tasks went: POST /feedback, or name a [rollout] judge"
         return Entry(alias, model, retires, traffic.tasks_per_day, None, None, None, missing)
     tasks = tasks_needed(settings, traffic)
     days = tasks / traffic.tasks_per_day + settings.settle_s / DAY_S
@@ -75,16 +76,23 @@ def entry(alias: str, model: str, retires: dt.date | None, traffic: Traffic, set
 
 
 def tasks_needed(settings: Rollout, traffic: Traffic, power: float = POWER) -> float:
-    """Tasks of the whole alias until an equal candidate is promoted, with probability ``power``."""
+    """Tasks of the whole alias until an equal candidate is promoted, with probability ``power``.
+
+    A judge tells of its sample of the candidate's tasks, and of few of the incumbent's; its money is not
+    counted.
+    """
+    told = max(traffic.told, settings.judge_sample if settings.judge else 0.0)
+    most_beside = math.inf if traffic.told else BESIDE
     before = [s for s in settings.shares if s < PROOF_SHARE]
     total = float(settings.replay_tasks > 0) + settings.shadow_tasks / (settings.shadow_sample or 1.0)
     evidence, wanted = 0.0, _evidence_needed(settings.alpha, power)
     for share, tasks in zip(settings.shares, settings.tasks, strict=True):
-        rate = _growth(settings.margin, traffic.variance, share)
+        beside = min((1.0 - share) / share, most_beside)
+        rate = _growth(settings.margin, traffic.variance, beside)
         of_candidate = float(tasks)
         if before and share == before[-1] and rate:
-            of_candidate = max(of_candidate, (wanted - evidence) / rate / traffic.told)
-        evidence += of_candidate * rate * traffic.told
+            of_candidate = max(of_candidate, (wanted - evidence) / rate / told)
+        evidence += of_candidate * rate * told
         total += of_candidate / share
     return total
 
@@ -115,7 +123,6 @@ def _evidence_needed(alpha: float, power: float) -> float:
     return ((z * math.sqrt(2.0) + math.sqrt(2.0 * z * z + 4.0 * a)) / 2.0) ** 2
 
 
-def _growth(margin: float, variance: float, share: float) -> float:
-    if share >= 1.0:
-        return 0.0  # nobody stands beside it
-    return margin**2 / (2.0 * variance * (1.0 + share / (1.0 - share)))
+def _growth(margin: float, variance: float, beside: float) -> float:
+    """Per task of the candidate, with ``beside`` of the incumbent's for each."""
+    return margin**2 / (2.0 * variance * (1.0 + 1.0 / beside)) if beside else 0.0

@@ -19,9 +19,11 @@ import msgspec
 from understudy.config import Config, Rollout
 from understudy.errors import InputError, UserError
 from understudy.rollout.course import Decision, Step, decide
-from understudy.rollout.evidence import Evidence, look
+from understudy.rollout.evidence import LAG_S, Event, Evidence, look
+from understudy.rollout.judging import Judging
 from understudy.rollout.look import Look, look_at
-from understudy.rollout.shadow import Means, Shadow
+from understudy.rollout.own_call import Means
+from understudy.rollout.shadow import Shadow
 from understudy.rollout.standing import Standing
 from understudy.rollout.trials import UNDER_WAY, set_stage
 from understudy.traffic.store import Route, Store
@@ -48,15 +50,18 @@ class Report(NamedTuple):
 class Trial:
     """What one process knows of a trial under way."""
 
-    def __init__(self, store: Store, route: Route, settings: Rollout) -> None:
+    def __init__(
+        self, store: Store, route: Route, settings: Rollout, clock: Callable[[], float] = time.time
+    ) -> None:
         history = [r for r in store.route_history(route.alias) if r.origin == route.origin]
         self.standing = Standing(settings)
         began = history[0].changed_at if history else route.changed_at
         self._canary = next((r.changed_at for r in history if r.stage == "canary"), None)
         self._alone = next((r.changed_at for r in history if r.share >= 1.0), math.inf)
         self.shadow = Shadow(store, route.alias, route.candidate, began, settings)
-        self.copying: asyncio.Task[None] | None = None
-        """Copies that are being made."""
+        self.judging = Judging(store, route, began, settings, clock)
+        self.asking: asyncio.Task[None] | None = None
+        """Copies that are being made, or tasks that are being judged."""
         self._settings = settings
         self._evidence: Evidence | None = None
         self.shown: Look | None = None
@@ -74,8 +79,19 @@ class Trial:
                 incumbent=route.model,
                 since=self._canary or route.changed_at,
                 settle_s=self._settings.settle_s,
+                idle_s=self._settings.task_idle_s,
             )
         return self._evidence
+
+    def add_events(self, route: Route, events: Sequence[Event], upto: float) -> None:
+        """Fold in what happened to tasks, with what the judge said until then (Unix seconds) of earlier
+        ones. Raises StoreError."""
+        judging, standing = self.judging, self.standing
+        said = judging.heard(upto)
+        judging.offer(events, route.share)
+        standing.add(sorted([*events, *said], key=lambda event: event.at))
+        standing.judge_trouble, standing.judge_broke = judging.trouble, judging.broke
+        standing.judge_usd = judging.spent_usd
 
     def add_pairs(self) -> None:
         """Fold in the copies answered since the last time. Raises StoreError."""
@@ -87,14 +103,14 @@ def fold_in(store: Store, under_way: Sequence[tuple[Route, Trial]], now: float) 
 
     Raises StoreError.
     """
-    told: list[tuple[Standing, Evidence]] = []
+    told: list[tuple[Route, Trial, Evidence]] = []
     for route, trial in under_way:
         trial.add_pairs()
         if evidence := trial.turn_to(route):
-            told.append((trial.standing, evidence))
-    events = look(store, [evidence for _, evidence in told], now)
-    for (standing, _), of in zip(told, events, strict=True):
-        standing.add(of)
+            told.append((route, trial, evidence))
+    events = look(store, [evidence for _, _, evidence in told], now)
+    for (route, trial, _), of in zip(told, events, strict=True):
+        trial.add_events(route, of, now - LAG_S)
 
 
 class Controller:
@@ -126,7 +142,7 @@ class Controller:
         routes = [r for r in self._store.routes().values() if r.candidate and r.stage in UNDER_WAY]
         self._trials = {
             (r.alias, r.origin): self._trials.get((r.alias, r.origin))
-            or Trial(self._store, r, self._settings)
+            or Trial(self._store, r, self._settings, self._clock)
             for r in routes
         }
         now = self._clock()
@@ -147,20 +163,23 @@ class Controller:
         now: float,
         patience_s: float | None,
     ) -> list[Trial]:
-        """Make copies for the trials that wait for some, side by side; returns those for which it is done."""
-        wanting: list[Trial] = []
+        """Make copies for the trials that wait for some, and have tasks judged, all side by side; returns the
+        trials whose copies are made."""
         for (route, trial), decision in zip(under_way, decisions, strict=True):
-            if decision.step is None and route.stage in ("replay", "shadow"):
-                trial.copying = trial.copying or asyncio.create_task(self._copy(route, trial, now))
-                wanting.append(trial)
-        running = [trial.copying for trial in wanting if trial.copying]
-        if running:
+            if trial.asking is not None or decision.step is not None:
+                continue
+            if route.stage in ("replay", "shadow"):
+                trial.asking = asyncio.create_task(self._copy(route, trial, now))
+            elif trial.judging.wants(now):
+                trial.asking = asyncio.create_task(self._judge(route, trial, now))
+        if running := [trial.asking for _, trial in under_way if trial.asking]:
             await asyncio.wait(running, timeout=patience_s)
-        done = [trial for trial in wanting if trial.copying and trial.copying.done()]
-        for trial in done:
-            task, trial.copying = trial.copying, None
-            assert task is not None, "it is done"
-            task.result()  # raises what it raised
+        done: list[Trial] = []
+        for route, trial in under_way:
+            if trial.asking is not None and trial.asking.done():
+                task, trial.asking = trial.asking, None
+                task.result()  # raises what it raised
+                done += [trial] if route.stage in ("replay", "shadow") else []
         return done
 
     def _one(self, route: Route, trial: Trial, decision: Decision) -> Report:
@@ -187,6 +206,13 @@ class Controller:
             trial.standing.replay_over = replay and made == 0
         except InputError as error:  # an endpoint that left the config, say
             _log.warning("%s: no copies for %s: %s", route.alias, route.candidate, error)
+
+    async def _judge(self, route: Route, trial: Trial, now: float) -> None:
+        try:
+            async with self._copiers:
+                await trial.judging.judge(now, self._means(self._settings.judge))
+        except InputError as error:  # an endpoint whose key is gone, say
+            _log.warning("%s: nothing is judged: %s", route.alias, error)
 
     def _after_copies(self, route: Route, trial: Trial, now: float) -> Decision:
         """What the copies just made, or that there were none to make, lead to."""

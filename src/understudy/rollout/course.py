@@ -16,10 +16,11 @@ from understudy.traffic.store import Route, Stage
 DAY_S = 86_400.0
 DOUBT = 20.0
 """E-value of a guard above which no step is taken until it has gone again."""
-HAND_OVER = 0.4
+HAND_OVER = 0.1
 """Most that the next share times the evidence against the candidate's outcomes may be: the more of the
 traffic a step would hand over, the less doubt it takes to stop it, and a small share sees the truth with the
-fewest of the candidate's tasks, for the incumbent's mean beside it is known best there."""
+fewest of the candidate's tasks, for the incumbent's mean beside it is known best there. From a share of 0.1
+on it takes outcomes that speak for the candidate."""
 PROOF_SHARE = 0.5
 """So much of the traffic is never given to a candidate that has not been shown to be no worse."""
 
@@ -46,6 +47,9 @@ def decide(route: Route, standing: Standing, settings: Rollout, now: float) -> D
         return Decision(Step("rolled_back", 0.0, broken), [])
     missing = waits_for(route, standing, settings)
     if missing:
+        if standing.judge_broke and _judge_alone(standing) and _unproven(standing, settings):
+            reason = f"all that [rollout] judge_usd allows is spent; {'; '.join(missing)}"
+            return Decision(Step("held", route.share, reason), [])
         if route.deadline and now >= route.deadline:
             day = dt.datetime.fromtimestamp(route.deadline, dt.UTC).date()
             reason = f"undecided on {day}, by which it was to be over: {'; '.join(missing)}"
@@ -95,9 +99,10 @@ def waits_for(route: Route, standing: Standing, settings: Rollout) -> list[str]:
         if onward >= PROOF_SHARE and compared:
             missing += _unproven(standing, settings)
     doubts = [name for name, guard in standing.guards.items() if guard.excess.e_value > DOUBT]
+    missing += [f"evidence that clears {name} of the doubt there is" for name in doubts]
     if compared and standing.difference.e_worse > HAND_OVER / onward:
-        doubts.append(f"outcomes (e-value against it {standing.difference.e_worse:.2g})")
-    return missing + [f"evidence that clears {name} of the doubt there is" for name in doubts]
+        missing += _doubtful(standing, settings, onward)
+    return list(dict.fromkeys(missing))
 
 
 def first_step(settings: Rollout, *, replay: bool) -> tuple[Stage, float]:
@@ -126,12 +131,39 @@ def _unproven(standing: Standing, settings: Rollout) -> list[str]:
     wanted = 1.0 / settings.alpha
     if standing.difference.e_fine >= wanted:
         return []
-    if not standing.scored:
-        return ["outcomes: report right answers or a number per task to POST /feedback"]
-    return [
+    return _unsaid(standing, settings) or [
         f"outcomes that show it no worse by {settings.margin:g}: e-value {standing.difference.e_fine:.3g} "
-        f"of {wanted:g} after {standing.scored} tasks of the candidate"
+        f"of {wanted:g} after {standing.scored} tasks of the candidate",
+        *_judges_trouble(standing, settings),
     ]
+
+
+def _doubtful(standing: Standing, settings: Rollout, onward: float) -> list[str]:
+    most = HAND_OVER / onward
+    return _unsaid(standing, settings) or [
+        f"outcomes that clear it of doubt before it has {onward:.0%}: e-value against it "
+        f"{standing.difference.e_worse:.2g}, at most {most:.2g}",
+        *_judges_trouble(standing, settings),
+    ]
+
+
+def _unsaid(standing: Standing, settings: Rollout) -> list[str]:
+    """What to do where nobody has told of a task of the candidate; empty where somebody has."""
+    if standing.scored:
+        return []
+    nobody = "outcomes: report right answers or a number per task to POST /feedback"
+    if not settings.judge:
+        return [f"{nobody}, or name a [rollout] judge"]
+    return _judges_trouble(standing, settings) or [nobody]
+
+
+def _judges_trouble(standing: Standing, settings: Rollout) -> list[str]:
+    return [f"the judge {settings.judge}: {standing.judge_trouble}"] if standing.judge_trouble else []
+
+
+def _judge_alone(standing: Standing) -> bool:
+    """Nobody but the judge has told of an outcome."""
+    return standing.scored == standing.judged
 
 
 def _onward(route: Route, standing: Standing, settings: Rollout) -> Step:

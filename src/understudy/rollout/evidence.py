@@ -55,9 +55,21 @@ class Settled(NamedTuple):
     """Mean grade of its calls in [0, 1]; None where nobody said anything."""
     usd: float | None
     """What it cost; None where a call has no price."""
+    call: str = ""
+    """Key of its last answer; empty where there was none."""
 
 
-Event = Answered | Settled
+class Judged(NamedTuple):
+    """A judge's score of a task of which nobody else said how it went."""
+
+    at: float
+    """When it was given, Unix seconds."""
+    candidate: bool
+    outcome: float
+    """In [0, 1]."""
+
+
+Event = Answered | Settled | Judged
 
 
 class _Task(NamedTuple):
@@ -65,6 +77,14 @@ class _Task(NamedTuple):
     candidate: bool
     first: str
     """Key of its first call."""
+
+
+class _Heard(NamedTuple):
+    """A name by the time of its latest call."""
+
+    at: float
+    task: _Task | None
+    """None for one that neither model was asked for."""
 
 
 class _Turn(NamedTuple):
@@ -79,7 +99,17 @@ class _Turn(NamedTuple):
 class Evidence:
     """Tells of each task of one trial once, in order of time; `look` reads for many of them at once."""
 
-    def __init__(self, alias: str, *, candidate: str, incumbent: str, since: float, settle_s: float) -> None:
+    def __init__(
+        self,
+        alias: str,
+        *,
+        candidate: str,
+        incumbent: str,
+        since: float,
+        settle_s: float,
+        idle_s: float = 1800.0,
+    ) -> None:
+        """``idle_s``: seconds without a call after which a task's name is forgotten."""
         self.alias = alias
         self._arms = {candidate: True, incumbent: False}
         self._since = self._told = since
@@ -88,12 +118,13 @@ class Evidence:
         """Calls that were read, with their times, as far back as one may still come into the store."""
         self._ahead: list[StoredCall] = []
         """Calls nearer to the present than is told of."""
-        self._tasks: dict[str, _Task | None] = {}
-        self._running: dict[str, StoredCall] = {}
+        self._idle_s = max(idle_s, settle_s, LONGEST_S)
+        self._tasks: dict[str, _Heard] = {}
+        """By name, in the order in which they were last heard of."""
+        self._running: dict[_Task, StoredCall] = {}
         """First calls that have not ended."""
-        self._open: dict[str, list[StoredCall]] = {}
+        self._open: dict[_Task, list[StoredCall]] = {}
         """Calls of the tasks that have not settled."""
-        self._settled: set[str] = set()
 
     @property
     def reads_since(self) -> float:
@@ -119,42 +150,54 @@ class Evidence:
         for stored in sorted(here, key=lambda each: each.call.key):
             self._hear(stored)
         turn = _Turn(list(self._answered()), list(self._due()))
+        self._forget()
         oldest = self.reads_since - SLACK_S
         if len(self._read) > 2 * FEW and next(iter(self._read.values())) < oldest:
             self._read = {key: at for key, at in self._read.items() if at >= oldest}
         return turn
 
     def _hear(self, stored: StoredCall) -> None:
-        name = _identity(stored)
-        task = self._task(name, stored)
-        if task is None or name in self._settled:
-            return
-        self._open.setdefault(name, []).append(stored)
-        if task.first == stored.call.key:
-            self._running[name] = stored
+        name, at = _identity(stored), stored.call.at
+        heard = self._tasks.pop(name, None)
+        if heard is None or self._over(name, heard, at):
+            heard = _Heard(at, self._task(stored))
+            if heard.task:
+                self._open[heard.task], self._running[heard.task] = [], stored
+        self._tasks[name] = heard._replace(at=at)
+        if heard.task in self._open:
+            self._open[heard.task].append(stored)
 
     def _answered(self) -> Iterator[tuple[_Task, StoredCall]]:
-        for name, stored in list(self._running.items()):
-            task = self._tasks[name]
-            if task and ended_at(stored) <= self._told:
-                del self._running[name]
+        for task, stored in list(self._running.items()):
+            if ended_at(stored) <= self._told:
+                del self._running[task]
                 yield task, stored
 
     def _due(self) -> Iterator[tuple[_Task, list[StoredCall]]]:
-        for name, calls in list(self._open.items()):
-            task = self._tasks[name]
-            if task and (end := task.begun + self._settle_s) <= self._told:
-                del self._open[name]
-                self._settled.add(name)
+        for task, calls in list(self._open.items()):
+            if (end := task.begun + self._settle_s) <= self._told:
+                del self._open[task]
                 yield task, [stored for stored in calls if stored.call.at <= end]
 
-    def _task(self, name: str, stored: StoredCall) -> _Task | None:
-        """The call's task; None for one that neither model was asked for."""
-        if name not in self._tasks:
-            dealt_to = stored.call.attempts[0].target if stored.call.attempts else stored.call.target
-            arm = self._arms.get(dealt_to)
-            self._tasks[name] = None if arm is None else _Task(stored.call.at, arm, stored.call.key)
-        return self._tasks[name]
+    def _over(self, name: str, heard: _Heard, at: float) -> bool:
+        """Whether a call at that time would begin a task anew; a key is one task for ever."""
+        return at - heard.at > self._idle_s and not name.startswith("key ")
+
+    def _forget(self) -> None:
+        """Names of tasks that are over: a trial takes as much memory as its last half hour, and its keys."""
+        gone: list[str] = []
+        for name, heard in self._tasks.items():
+            if self._told - heard.at <= self._idle_s:
+                break
+            if self._over(name, heard, self._told):
+                gone.append(name)
+        for name in gone:
+            del self._tasks[name]
+
+    def _task(self, stored: StoredCall) -> _Task | None:
+        call = stored.call
+        arm = self._arms.get(call.attempts[0].target if call.attempts else call.target)
+        return None if arm is None else _Task(call.at, arm, call.key)
 
     def tell(
         self, turn: _Turn, texts: Mapping[str, Exchange], said: Mapping[str, list[Feedback]]
@@ -171,7 +214,9 @@ class Evidence:
                 if (value := _grade(texts.get(stored.call.key), said.get(stored.call.key, ()), end))
                 is not None
             ]
-            events.append(Settled(end, task.candidate, fmean(grades) if grades else None, _cost(calls)))
+            outcome = fmean(grades) if grades else None
+            last = [stored.call.key for stored in calls if stored.call.status < 400][-1:]
+            events.append(Settled(end, task.candidate, outcome, _cost(calls), *last))
         return sorted(events, key=lambda event: event.at)
 
 

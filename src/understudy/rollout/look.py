@@ -46,6 +46,16 @@ class Look(msgspec.Struct, frozen=True):
     """Comparisons, `e_no_worse` and `e_worse` as they went."""
     guards: dict[str, GuardLook]
     waits_for: list[str]
+    judge: str = ""
+    """ENDPOINT/MODEL; empty for none."""
+    judged: int = 0
+    """The candidate's tasks of which the judge alone has told."""
+    judge_usd: float = 0.0
+    """What it has cost."""
+    judge_usd_most: float = 0.0
+    """What it may cost."""
+    judge_trouble: str = ""
+    """Why it brings no score; empty when it does."""
 
 
 def look_at(route: Route, standing: Standing, settings: Rollout) -> Look:
@@ -70,4 +80,9 @@ def look_at(route: Route, standing: Standing, settings: Rollout) -> Look:
             for name, g in standing.guards.items()
         },
         waits_for=waits,
+        judge=settings.judge,
+        judged=standing.judged,
+        judge_usd=standing.judge_usd,
+        judge_usd_most=settings.judge_usd,
+        judge_trouble=standing.judge_trouble,
     )

@@ -10,28 +10,21 @@ It ignores calls recorded without their texts, and what follows from a pair (sta
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterator
 from hashlib import blake2b
-from typing import NamedTuple
-
-import msgspec
 
 from understudy.config import Rollout
-from understudy.endpoint import Endpoint
-from understudy.errors import EndpointError
 from understudy.evaluate.asking import asked
 from understudy.evaluate.evidence import finish_reason
 from understudy.evaluate.workers import side_by_side
 from understudy.forms.translation import ROUTES
 from understudy.rollout.evidence import graded, useless
+from understudy.rollout.own_call import Means, ask
 from understudy.rollout.standing import Pair
-from understudy.traffic.record import Attempt, Call, new_key
-from understudy.traffic.redact import Redactor
+from understudy.traffic.record import Call
 from understudy.traffic.rows import StoredCall
 from understudy.traffic.sample import Exchange, exchange
-from understudy.traffic.store import Price, Store
+from understudy.traffic.store import Store
 
 OF = "shadow_of"
 """Tag of a copy: the key of the call it was made of."""
@@ -40,16 +33,6 @@ REPLAYED = "replayed"
 AT_ONCE = 8
 MOST = 32
 """Copies made in one pass."""
-
-
-class Means(NamedTuple):
-    """What copying needs."""
-
-    connect: Callable[[], AbstractAsyncContextManager[Endpoint]]
-    """To the candidate."""
-    price: Price
-    redactor: Redactor | None
-    """Applied to the copies' answers, as the gateway does to its own."""
 
 
 def shadow_alias(alias: str) -> str:
@@ -97,14 +80,15 @@ class Shadow:
         waiting = list(self._next(now, replay))
         tags = {REPLAYED: ""} if replay else {}
         answers: list[Call] = []
-
+        shadow = shadow_alias(self._alias)
         if waiting:
             async with means.connect() as client:
 
                 async def work() -> None:
                     while waiting:
-                        copied = await _copy(client, waiting.pop(), self._alias, self._candidate)
-                        copied.tags.update(tags)
+                        of = waiting.pop()
+                        named = {OF: of.key, **tags}
+                        copied = await ask(client, asked(of.request), shadow, self._candidate, named)
                         answers.append(means.redactor.call(copied) if means.redactor else copied)
 
                 await side_by_side(work, min(AT_ONCE, len(waiting)))
@@ -126,8 +110,8 @@ class Shadow:
             if most <= 0:
                 return
             call = stored.call
-            drawn = replay or self._drawn(call.key)
-            if call.route not in ROUTES or call.key in made or not drawn:
+            wanted_too = replay or drawn(call.key, self._settings.shadow_sample)
+            if call.route not in ROUTES or call.key in made or not wanted_too:
                 continue
             if found := exchange(self._store, call.key):
                 most -= 1
@@ -139,10 +123,6 @@ class Shadow:
             return self._store.calls(alias=self._alias, since=self._since, until=settled, ok=True)
         before, limit = min(self._since, settled), 10 * self._settings.replay_tasks
         return self._store.calls(alias=self._alias, until=before, ok=True, newest_first=True, limit=limit)
-
-    def _drawn(self, key: str) -> bool:
-        place = int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) / 2**64
-        return place < self._settings.shadow_sample
 
     def _pair(self, was: Exchange, copy: Call) -> Pair:
         answer = exchange(self._store, copy.key) if copy.status < 400 else None
@@ -161,50 +141,11 @@ class Shadow:
         )
 
 
+def drawn(key: str, share: float) -> bool:
+    """Whether a call is among a share of all; the same call always is, or never."""
+    return int.from_bytes(blake2b(key.encode(), digest_size=8).digest()) / 2**64 < share
+
+
 def answer_cut(call: Call) -> bool:
     """Whether the token limit ended it."""
     return call.finish_reason == "length"
-
-
-async def _copy(client: Endpoint, of: Exchange, alias: str, candidate: str) -> Call:
-    request, begun = asked(of.request), time.time()
-    record = Call(
-        key=new_key(),
-        at=begun,
-        route="chat.completions",
-        alias=shadow_alias(alias),
-        target=candidate,
-        status=502,
-        request=msgspec.json.encode(request),
-        tags={OF: of.key},
-    )
-    try:
-        answer = await client.chat(request)
-    except EndpointError as error:
-        return _unanswered(record, error)
-    return msgspec.structs.replace(
-        record,
-        status=answer.status,
-        response=msgspec.json.encode(answer.body),
-        attempts=[
-            Attempt(target=candidate, status=answer.status, billed="yes", started=begun, ended=time.time())
-        ],
-        answered_by=str(answer.body.get("model", "")),
-        fingerprint=str(answer.body.get("system_fingerprint") or ""),
-        usage=answer.usage,
-        ttft_s=answer.ttft_s,
-        total_s=answer.total_s,
-        finish_reason=finish_reason(answer.body),
-    )
-
-
-def _unanswered(record: Call, error: EndpointError) -> Call:
-    attempt = Attempt(
-        target=record.target,
-        status=error.status or 0,
-        billed="unknown",
-        started=record.at,
-        ended=time.time(),
-        error=str(error),
-    )
-    return msgspec.structs.replace(record, status=error.status or 502, attempts=[attempt])

@@ -7,14 +7,14 @@ week's. It ignores where evidence comes from (evidence) and what follows from it
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from understudy.config import Rollout
 from understudy.rollout.betting import Difference, Excess, Round, Rounds
-from understudy.rollout.evidence import Answered, Event
+from understudy.rollout.evidence import Answered, Event, Judged, Settled
 
 RECENT = 500
 """Tasks of the incumbent from which its p95 is read."""
@@ -110,8 +110,9 @@ class Standing:
 
     def __init__(self, settings: Rollout, alone_since: float = math.inf) -> None:
         """``alone_since``: when the candidate was given every task (Unix seconds)."""
-        self.difference = Difference(settings.margin)
-        self.replayed = Difference(settings.margin)
+        goal = 1.0 / settings.rollback_alpha
+        self.difference = Difference(settings.margin, goal)
+        self.replayed = Difference(settings.margin, goal)
         """Outcomes of copies of calls from before the trial: they can end it, never promote."""
         self.guards = {
             "errors": Guard(settings.errors),
@@ -131,7 +132,16 @@ class Standing:
         self.replay_over = False
         """There are no more recorded calls to answer."""
         self.alone_since = alone_since
-        self._settled: list[float] = []
+        self._settled: deque[float] = deque(maxlen=max(settings.tasks, default=1))
+        """When the latest of its tasks settled: no step wants to know of more."""
+        self.judged = 0
+        """Of the tasks with an outcome: those that a judge alone told of."""
+        self.judge_trouble = ""
+        """Why the judge brings no score; empty when it does, or there is none."""
+        self.judge_broke = False
+        """Its money is spent."""
+        self.judge_usd = 0.0
+        """US dollars it has cost."""
         self._first = Ceiling(settings.slow_factor)
         self._total = Ceiling(settings.slow_factor)
         self._cost = Ceiling(settings.costly_factor)
@@ -141,6 +151,9 @@ class Standing:
         for event in events:
             if isinstance(event, Answered):
                 self._add_answered(event)
+            elif isinstance(event, Judged):
+                self.judged += event.candidate
+                self._add_outcome(event.outcome, candidate=event.candidate)
             else:
                 cost = self._cost.over(event.usd, candidate=event.candidate)
                 self._guard("cost per task", cost, event)
@@ -161,8 +174,8 @@ class Standing:
                 outcomes.add_pair(Round(pair.outcome, pair.was_outcome))
 
     def settled_since(self, moment: float) -> int:
-        """Tasks of the candidate that settled after ``moment`` (Unix seconds)."""
-        return len(self._settled) - bisect_right(self._settled, moment)
+        """Tasks of the candidate that settled after ``moment`` (Unix seconds), up to what a step wants."""
+        return sum(at > moment for at in self._settled)
 
     def _add_answered(self, event: Answered) -> None:
         arm = event.candidate
@@ -177,7 +190,7 @@ class Standing:
         ):
             self._guard(name, ceiling.over(value, candidate=arm), event)
 
-    def _guard(self, name: str, happened: float | None, event: Event) -> None:
+    def _guard(self, name: str, happened: float | None, event: Answered | Settled) -> None:
         alone = event.at >= self.alone_since
         self.guards[name].add(happened, candidate=event.candidate, alone=alone)
 

@@ -15,6 +15,7 @@ import msgspec
 from understudy.catalog.facts import Catalog
 from understudy.config import Config, Rollout
 from understudy.errors import InputError
+from understudy.evaluate.judge import refuse_kin
 from understudy.evaluate.verify import verify
 from understudy.rollout.calendar import DAY_S, Entry, entry, traffic_of
 from understudy.rollout.move import CONFIG
@@ -40,6 +41,13 @@ def calendar_entry(config: Config, store: Store, catalog: Catalog, route: Route)
     retires = facts.retires.value if facts and facts.retires else None
     traffic = traffic_of(store, route.alias, time.time())
     return entry(route.alias, route.model, retires, traffic, config.rollout or Rollout())
+
+
+def fit_to_judge(config: Config, store: Store, alias: str, candidate: str) -> None:
+    """Raises InputError where the judge of `[rollout]` is a model on trial or of a family with one."""
+    if config.rollout and config.rollout.judge:
+        route = next(r for r in in_force(config, store) if r.alias == alias)
+        refuse_kin(config.rollout.judge, [route.model, candidate])
 
 
 def deadline(config: Config, store: Store, catalog: Catalog, alias: str, until: str) -> float:

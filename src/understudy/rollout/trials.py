@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from understudy.config import Alias, Rollout
 from understudy.errors import InputError
+from understudy.evaluate.judge import refuse_kin
 from understudy.rollout.course import Step, first_step
 from understudy.rollout.move import Moved, changed_meanwhile, current, roll_back
 from understudy.rollout.staying import staying
@@ -45,8 +46,8 @@ def begin(
     With ``evidence``, a certificate, nothing is replayed first: that is what it was made from. ``deadline``
     is in Unix seconds, 0 for none.
 
-    Raises InputError when one is on trial already, when it is the alias's model, and when somebody else
-    changed the route.
+    Raises InputError when one is on trial already, when it is the alias's model, when the judge of
+    ``settings`` is one of both or of a family with one, and when somebody else changed the route.
     """
     was = _looked_at(store, alias, order, initial)
     if was.candidate:
@@ -57,6 +58,8 @@ def begin(
         )
     if candidate == was.model:
         raise InputError(f"{candidate} answers {alias!r} already", expected="another model to move to")
+    if settings.judge:
+        refuse_kin(settings.judge, [was.model, candidate])
     begun = was._replace(candidate=candidate, origin=was.version + 1, evidence=evidence, deadline=deadline)
     stage, share = first_step(settings, replay=not evidence)
     return set_stage(store, begun, Step(stage, share, order.reason), order.by, settings)
