@@ -122,6 +122,8 @@ def _aliases(config: Config, routes: Mapping[str, Led]) -> Iterator[Binding]:
 
 def _sections(config: Config) -> Iterator[Binding]:
     yield from (Binding("drill", t, "candidate") for t in config.drill.candidates)
+    if config.rollout and config.rollout.judge:
+        yield Binding("rollout", config.rollout.judge, "judge")
     if config.evaluate.judge:
         yield Binding("evaluate", config.evaluate.judge, "judge")
     if teacher := config.own.teacher:

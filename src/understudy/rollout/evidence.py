@@ -164,7 +164,7 @@ class Evidence:
             if heard.task:
                 self._open[heard.task], self._running[heard.task] = [], stored
         self._tasks[name] = heard._replace(at=at)
-        if heard.task in self._open:
+        if heard.task and heard.task in self._open:
             self._open[heard.task].append(stored)
 
     def _answered(self) -> Iterator[tuple[_Task, StoredCall]]:
