@@ -30,7 +30,7 @@ from understudy.config import Rollout
 from understudy.rollout.course import Step, decide
 from understudy.rollout.evidence import Answered, Settled
 from understudy.rollout.standing import Standing
-from understudy.traffic.store import Route
+from understudy.traffic.routes import Route
 
 SHORT = "margin = 0.25\nshares = [0.2, 0.4, 1.0]\ntasks = [10, 10, 10]"
 LIVE = (

@@ -30,9 +30,9 @@ from understudy.catalog.tiers import parse_rules, target_tier, tiers_over_time
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EndpointError, InputError
 from understudy.protocol import CallShape, Usage
+from understudy.traffic.figures import AnsweredBy
 from understudy.traffic.fingerprints import Fingerprint
 from understudy.traffic.hours import Hour
-from understudy.traffic.store import AnsweredBy
 
 NOW = dt.datetime(2026, 6, 10, 12, tzinfo=dt.UTC).timestamp()
 DAY = 86_400.0

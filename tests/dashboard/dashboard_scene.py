@@ -333,6 +333,12 @@ def looked_at(store: Store, alias: str, pairs: int, worse: int, now: float) -> N
         [Pair(n == 9, n == 50, False, float(n % (worse + 4) > 0), float(n % 7 > 1)) for n in range(pairs)]
     )
     seen = look_at(route, standing, Rollout())
+    if alias in ("assistant", "translate"):
+        trouble = "mistral/mistral-large-2512 answered 503: overloaded" if alias == "translate" else ""
+        seen = msgspec.structs.replace(
+            seen, judge="mistral/mistral-large-2512", judged=pairs // 3, judge_usd=pairs / 150,
+            judge_usd_most=5.0, judge_trouble=trouble,
+        )  # fmt: skip
     store.set_look(alias, now - 4, msgspec.json.encode(seen).decode())
 
 

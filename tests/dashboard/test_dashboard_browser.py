@@ -152,6 +152,9 @@ async def look_at_page(visit: Visit, name: str) -> list[str]:
         if await beyond(visit.tab) > 0:
             faults.append(f"{name}: wider than a {width} screen")
         await visit.picture(f"{name}-{width}-light")
+    await visit.tab.emulate_media(color_scheme="dark")
+    await visit.picture(f"{name}-narrow-dark")
+    await visit.tab.emulate_media(color_scheme="light")
     await thin_out(visit.tab)
     if await beyond(visit.tab) > 0:
         faults.append(f"{name}: wider than a narrow screen when unfolded")

@@ -32,7 +32,8 @@ from understudy.rollout.own_call import Means
 from understudy.rollout.standing import Pair, Standing
 from understudy.rollout.trials import Order, begin
 from understudy.traffic.record import Call, Feedback, new_key
-from understudy.traffic.store import Route, Store, unpriced
+from understudy.traffic.routes import Route
+from understudy.traffic.store import Store, unpriced
 
 Browse = Callable[..., Awaitable[Any]]
 MakeCall = Callable[..., Call]

@@ -30,7 +30,8 @@ from understudy.errors import StoreError
 from understudy.gateway import limits
 from understudy.gateway.app import RunningGateway
 from understudy.traffic.allowances import Limits
-from understudy.traffic.store import NewKey, Store, open_store
+from understudy.traffic.keys import NewKey
+from understudy.traffic.store import Store, open_store
 
 NOON = 1_800_000_000.0
 """Begins a minute (and lies within a day and a month)."""

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from aiohttp import ClientSession, web
 
-from understudy.traffic.store import Route, Store, open_store
+from understudy.traffic.routes import Route
+from understudy.traffic.store import Store, open_store
 
 Script = Callable[[dict[str, Any]], dict[str, Any]]
 """A chat request to the message that answers it."""

@@ -17,7 +17,8 @@ from understudy.evaluate.score import score_of, scoring
 from understudy.rollout.judging import judge_alias
 from understudy.rollout.trials import begin
 from understudy.traffic.record import Call
-from understudy.traffic.store import Route, Store
+from understudy.traffic.routes import Route
+from understudy.traffic.store import Store
 
 
 def silent(store: Store, config: Config, **changes: Any) -> World:

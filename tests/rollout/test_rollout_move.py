@@ -148,7 +148,9 @@ def test_a_trial_is_begun_held_resumed_and_ended(run: Callable[..., Result]) -> 
     assert isinstance(run("abort", "assistant").exception, InputError)
 
 
-def test_a_step_is_told_to_the_webhook(run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_change_is_told_to_the_webhook(
+    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[dict[str, Any]] = []
 
     class Hook(BaseHTTPRequestHandler):
@@ -165,9 +167,15 @@ def test_a_step_is_told_to_the_webhook(run: Callable[..., Result], monkeypatch: 
         Path("understudy.toml").write_text(CONFIG + '[rollout]\nwebhook = "env:HOOK"\n')
         run("start", "assistant", "--to", "local/student")
         done = run("run", "--once")
+        run("pause", "assistant", "--reason", "a fair")
+        run("pause", "assistant")  # is paused already
+        run("abort", "assistant")
         server.shutdown()
     assert done.exit_code == 0
-    assert [(told["source"], told["route"]["stage"]) for told in heard] == [("understudy rollout", "shadow")]
+    assert {told["source"] for told in heard} == {"understudy rollout"}
+    stages = [(told["route"]["stage"], told["route"]["reason"]) for told in heard]
+    assert [stage for stage, _ in stages] == ["replay", "shadow", "held", "rolled_back"]
+    assert ("held", "a fair") in stages
 
 
 def test_a_certificate_that_does_not_verify_starts_nothing(

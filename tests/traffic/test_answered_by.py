@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from understudy.protocol import Usage
+from understudy.traffic.figures import AnsweredBy
 from understudy.traffic.fingerprints import Fingerprint
 from understudy.traffic.record import Call
-from understudy.traffic.store import AnsweredBy, Store
+from understudy.traffic.store import Store
 
 MakeCall = Callable[..., Call]
 T = 1_790_000_000.0

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from understudy.catalog.plan import Key
     from understudy.catalog.tokens import Counted
     from understudy.config import Config
+    from understudy.traffic.figures import AnsweredBy
     from understudy.traffic.sample import Shapes
-    from understudy.traffic.store import AnsweredBy, Store
+    from understudy.traffic.store import Store
 
 
 DAY_S = 86_400.0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import click
@@ -12,11 +14,13 @@ import msgspec
 
 from understudy import config as configuration
 from understudy.cli.options import config_option, json_option
+from understudy.cli.webhook import tell
 
 if TYPE_CHECKING:
     from understudy.catalog.facts import Catalog
     from understudy.config import Alias
-    from understudy.dashboard.orders import Moves, Order, Proof
+    from understudy.dashboard.orders import Act, Moves, Order, Proof, Terms
+    from understudy.rollout.move import Moved
     from understudy.traffic.store import Store
 
 
@@ -51,7 +55,7 @@ def moves_of(config: configuration.Config) -> Moves:
     def order_of(asked: Order) -> trials.Order:
         return trials.Order(asked.by, asked.reason, asked.version or None)
 
-    def start(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+    def start(store: Store, asked: Order, on: Terms, initial: Alias | None) -> Moved:
         order, evidence, deadline = order_of(asked), on.evidence, on.deadline
         return trials.begin(
             store,
@@ -64,16 +68,16 @@ def moves_of(config: configuration.Config) -> Moves:
             initial=initial,
         )
 
-    def pause(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+    def pause(store: Store, asked: Order, on: Terms, initial: Alias | None) -> Moved:
         return trials.pause(store, asked.alias, order_of(asked), initial)
 
-    def resume(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+    def resume(store: Store, asked: Order, on: Terms, initial: Alias | None) -> Moved:
         return trials.resume(store, asked.alias, order_of(asked), initial, settings)
 
-    def abort(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+    def abort(store: Store, asked: Order, on: Terms, initial: Alias | None) -> Moved:
         return trials.abort(store, asked.alias, order_of(asked), initial)
 
-    def at_once(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+    def at_once(store: Store, asked: Order, on: Terms, initial: Alias | None) -> Moved:
         by, reason, seen = asked.by, asked.reason, asked.version or None
         return move(
             store, asked.alias, asked.to, by=by, reason=reason, evidence=on.evidence, initial=initial,
@@ -92,7 +96,19 @@ def moves_of(config: configuration.Config) -> Moves:
         return [Row(*terms.calendar_entry(config, store, catalog, route)) for route in routes]
 
     acts = {"start": start, "pause": pause, "resume": resume, "abort": abort, "move": at_once, "back": abort}
-    return Moves(acts, checked, calendar)
+    return Moves({name: _told(config, act) for name, act in acts.items()}, checked, calendar)
+
+
+def _told(config: configuration.Config, act: Callable[[Store, Order, Terms, Alias | None], Moved]) -> Act:
+    """The act, of which the webhook hears; nobody who pressed a button waits for that."""
+
+    def does(store: Store, asked: Order, on: Terms, initial: Alias | None) -> object:
+        moved = act(store, asked, on, initial)
+        if moved.changed:
+            Thread(target=tell, args=(config, moved.now), daemon=True).start()
+        return moved
+
+    return does
 
 
 def _say(url: str, as_json: bool) -> None:

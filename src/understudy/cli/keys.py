@@ -19,7 +19,8 @@ from understudy.errors import InputError
 if TYPE_CHECKING:
     from understudy.config import Config
     from understudy.traffic.allowances import Limits
-    from understudy.traffic.store import Key, Store
+    from understudy.traffic.keys import Key
+    from understudy.traffic.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = (

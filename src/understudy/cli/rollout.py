@@ -19,7 +19,8 @@ import msgspec
 
 from understudy import config as configuration
 from understudy.cli.options import config_option, json_option, print_json
-from understudy.errors import InputError, UserError
+from understudy.cli.webhook import tell
+from understudy.errors import InputError
 
 if TYPE_CHECKING:
     from understudy.config import Alias, Config
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from understudy.rollout.look import Look
     from understudy.rollout.move import Moved
     from understudy.rollout.own_call import Means
-    from understudy.traffic.store import Route, Store
+    from understudy.traffic.routes import Route
+    from understudy.traffic.store import Store
 
 
 @click.group()
@@ -141,7 +143,7 @@ def start(
             moved = begin(
                 store, alias, target, order, settings, evidence=proof, deadline=ends, initial=initial
             )
-    _report(moved, as_json)
+    _report(config, moved, as_json)
     if config.rollout is None and not now and not as_json:
         click.echo("there is no [rollout] in the config: keep `understudy rollout run` running")
 
@@ -162,7 +164,7 @@ def _changing(name: str, doc: str) -> None:
         initial = _alias(config, alias)
         with _store(config) as store:
             moved = changes[name](store, alias, trials.Order(getpass.getuser(), reason), initial)
-        _report(moved, as_json)
+        _report(config, moved, as_json)
 
     del change
 
@@ -333,21 +335,18 @@ def _show_course(
 
 def _tell(config: Config, as_json: bool, aside: bool, report: Report) -> None:
     """Say a step, and tell the webhook."""
-    from understudy.catalog.notify import send
-
     route = report.route
     body = {"source": "understudy rollout", "route": route._asdict(), "waits_for": report.missing}
     waits = "".join(f"\n  waits for {missing}" for missing in report.missing)
     text = msgspec.json.encode(body).decode() if as_json else _line(route) + waits
     click.echo(text, err=aside)
-    if config.rollout and config.rollout.webhook and not report.missing:
-        try:
-            send(configuration.resolve_secret(config.rollout.webhook, Path(config.root)), body)
-        except UserError as error:  # what was done is done, whoever could not be told
-            click.echo(f"webhook: {error}", err=True)
+    if not report.missing:
+        tell(config, route)
 
 
-def _report(moved: Moved, as_json: bool) -> None:
+def _report(config: Config, moved: Moved, as_json: bool) -> None:
+    if moved.changed:
+        tell(config, moved.now)
     if as_json:
         print_json({"changed": moved.changed, "was": moved.was._asdict(), "now": moved.now._asdict()})
     elif moved.changed:

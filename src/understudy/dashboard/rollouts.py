@@ -18,7 +18,7 @@ from understudy.dashboard import chart, evaluations
 from understudy.dashboard.calendar import Calendar, Row
 from understudy.dashboard.chart import Line, Mark
 from understudy.dashboard.desk import Binding, Desk
-from understudy.traffic.store import Route
+from understudy.traffic.routes import Route
 
 HISTORY = 100
 LONGEST_DAYS = 365.0

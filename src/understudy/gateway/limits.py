@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping
 from understudy.errors import StoreError
 from understudy.gateway.refusal import Refusal
 from understudy.traffic.allowances import KINDS, Kind, Limits, period_of
+from understudy.traffic.keys import Key
 from understudy.traffic.record import Call
-from understudy.traffic.store import Key, Price, Store
+from understudy.traffic.store import Price, Store
 
 LOW = 0.5
 """The next share is drawn when this part of the last one is left."""

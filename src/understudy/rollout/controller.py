@@ -26,7 +26,8 @@ from understudy.rollout.own_call import Means
 from understudy.rollout.shadow import Shadow
 from understudy.rollout.standing import Standing
 from understudy.rollout.trials import UNDER_WAY, set_stage
-from understudy.traffic.store import Route, Store
+from understudy.traffic.routes import Route
+from understudy.traffic.store import Store
 
 BY = "understudy"
 """Who made a change that no person made."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from understudy.config import Rollout
 from understudy.rollout.standing import Standing
-from understudy.traffic.store import Route, Stage
+from understudy.traffic.routes import Route, Stage
 
 DAY_S = 86_400.0
 DOUBT = 20.0
@@ -19,8 +19,10 @@ DOUBT = 20.0
 HAND_OVER = 0.1
 """Most that the next share times the evidence against the candidate's outcomes may be: the more of the
 traffic a step would hand over, the less doubt it takes to stop it, and a small share sees the truth with the
-fewest of the candidate's tasks, for the incumbent's mean beside it is known best there. From a share of 0.1
-on it takes outcomes that speak for the candidate."""
+fewest of the candidate's tasks, for the incumbent's mean beside it is known best there. Within the canary a
+share above 0.1 takes outcomes that speak for the candidate; into it, none that speak against it."""
+NOTHING_KNOWN = 1.01
+"""An e-value begins at 1."""
 PROOF_SHARE = 0.5
 """So much of the traffic is never given to a candidate that has not been shown to be no worse."""
 
@@ -100,8 +102,8 @@ def waits_for(route: Route, standing: Standing, settings: Rollout) -> list[str]:
             missing += _unproven(standing, settings)
     doubts = [name for name, guard in standing.guards.items() if guard.excess.e_value > DOUBT]
     missing += [f"evidence that clears {name} of the doubt there is" for name in doubts]
-    if compared and standing.difference.e_worse > HAND_OVER / onward:
-        missing += _doubtful(standing, settings, onward)
+    if compared and standing.difference.e_worse > _most_doubt(route, onward):
+        missing += _doubtful(standing, settings, _most_doubt(route, onward), onward)
     return list(dict.fromkeys(missing))
 
 
@@ -138,8 +140,13 @@ def _unproven(standing: Standing, settings: Rollout) -> list[str]:
     ]
 
 
-def _doubtful(standing: Standing, settings: Rollout, onward: float) -> list[str]:
+def _most_doubt(route: Route, onward: float) -> float:
+    """E-value against the candidate's outcomes with which it may still have the next share."""
     most = HAND_OVER / onward
+    return most if route.stage == "canary" else max(most, NOTHING_KNOWN)
+
+
+def _doubtful(standing: Standing, settings: Rollout, most: float, onward: float) -> list[str]:
     return _unsaid(standing, settings) or [
         f"outcomes that clear it of doubt before it has {onward:.0%}: e-value against it "
         f"{standing.difference.e_worse:.2g}, at most {most:.2g}",

@@ -29,9 +29,10 @@ from understudy.rollout.evidence import Event, Judged, Settled
 from understudy.rollout.own_call import Means, ask
 from understudy.rollout.shadow import drawn
 from understudy.traffic.record import Call, new_key
+from understudy.traffic.routes import Route
 from understudy.traffic.rows import StoredCall
 from understudy.traffic.sample import exchange
-from understudy.traffic.store import Route, Store
+from understudy.traffic.store import Store
 
 OF, ARM, TRIAL = "judge_of", "arm", "trial"
 """Tags of a judge's call: the key of the call it is about, who that was dealt to, the version that began the

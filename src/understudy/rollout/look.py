@@ -11,7 +11,7 @@ import msgspec
 from understudy.config import Rollout
 from understudy.rollout.course import waits_for
 from understudy.rollout.standing import Standing
-from understudy.traffic.store import Route
+from understudy.traffic.routes import Route
 
 
 class GuardLook(msgspec.Struct, frozen=True):

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from understudy.config import Alias
 from understudy.errors import InputError
-from understudy.traffic.store import Route, Stage, Store
+from understudy.traffic.routes import Route, Stage
+from understudy.traffic.store import Store
 
 CONFIG = "understudy.toml"
 """Who set the first version of a route."""

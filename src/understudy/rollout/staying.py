@@ -9,7 +9,8 @@ ignores calls without a task: those are dealt out by key, and a key moves when i
 from __future__ import annotations
 
 from understudy.gateway.routing import digest_of
-from understudy.traffic.store import Route, Store
+from understudy.traffic.routes import Route
+from understudy.traffic.store import Store
 
 MOST = 200_000
 """Tasks that are told to the gateways, the latest: 1.6 MB."""

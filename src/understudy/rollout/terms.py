@@ -19,7 +19,8 @@ from understudy.evaluate.judge import refuse_kin
 from understudy.evaluate.verify import verify
 from understudy.rollout.calendar import DAY_S, Entry, entry, traffic_of
 from understudy.rollout.move import CONFIG
-from understudy.traffic.store import Route, Store
+from understudy.traffic.routes import Route
+from understudy.traffic.store import Store
 
 RETIREMENT = "retirement"
 """In place of a day: the announced end of the alias's model."""

@@ -16,7 +16,8 @@ from understudy.evaluate.judge import refuse_kin
 from understudy.rollout.course import Step, first_step
 from understudy.rollout.move import Moved, changed_meanwhile, current, roll_back
 from understudy.rollout.staying import staying
-from understudy.traffic.store import Route, Stage, Store
+from understudy.traffic.routes import Route, Stage
+from understudy.traffic.store import Store
 
 UNDER_WAY = frozenset({"replay", "shadow", "canary"})
 

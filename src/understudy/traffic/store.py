@@ -7,28 +7,25 @@ call costs: prices arrive as a function.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from statistics import median
 from typing import Any, Literal, NamedTuple
 
-import msgspec
-
 from understudy.protocol import CallShape, Cost
-from understudy.traffic import allowances, fingerprints, hours, rows
+from understudy.traffic import allowances, figures, fingerprints, hours, keys, routes, rows
 from understudy.traffic.allowances import Kind, Limits
 from understudy.traffic.database import Database, Row, open_database
+from understudy.traffic.figures import AnsweredBy, Latency, ModelUse
 from understudy.traffic.fingerprints import Fingerprint
 from understudy.traffic.hours import Hour
+from understudy.traffic.keys import Key, NewKey
 from understudy.traffic.kinds import keep_kinds, sweep_kinds
 from understudy.traffic.migrations import migrate
 from understudy.traffic.record import Attempt, Call, Feedback, Record
+from understudy.traffic.routes import Route, Stage
 from understudy.traffic.rows import (
     ATTEMPT_COLUMNS,
     CALL_COLUMNS,
@@ -42,7 +39,6 @@ from understudy.traffic.rows import (
 from understudy.traffic.shelf import Bodies, Place, Shelf, chunks, marks
 
 Price = Callable[[Call], Cost | None]
-Stage = Literal["replay", "shadow", "canary", "held", "promoted", "rolled_back"]
 
 PAGE = 250
 KEY_SLACK_S = 3600.0
@@ -50,57 +46,8 @@ KEY_SLACK_S = 3600.0
 """Calls read at a time: a reader never holds the database, nor more than a page, in memory."""
 
 
-_ROUTE_COLUMNS = (
-    "alias, version, model, fallback, stage, changed_at, changed_by, reason, evidence, "
-    "candidate, share, origin, deadline"
-)
 _OF_TARGET = "kind IN (SELECT id FROM kinds WHERE target = ?)"
-_KEY_COLUMNS = f"id, name, created, revoked, {', '.join(Limits._fields)}"
 _SHAPE_COLUMNS = f"key, at, modalities, features, max_tokens, task_id, parameters, {USAGE_COLUMNS}"
-
-
-class Route(NamedTuple):
-    """Where an alias leads; one version of it."""
-
-    alias: str
-    version: int
-    """From 1; grows by one with each change."""
-    model: str
-    """ENDPOINT/MODEL that answers."""
-    fallback: tuple[str, ...]
-    """ENDPOINT/MODEL tried in order when the first cannot answer."""
-    stage: Stage
-    changed_at: float
-    """Unix seconds."""
-    changed_by: str
-    reason: str
-    evidence: str
-    """Path or hash of the certificate that allowed it; empty when nobody asked for proof."""
-    candidate: str = ""
-    """ENDPOINT/MODEL on trial; empty when none is."""
-    share: float = 0.0
-    """Share of tasks the candidate has in a canary, or had when it was held."""
-    origin: int = 0
-    """Version with which its trial began."""
-    deadline: float = 0.0
-    """Unix seconds by which its trial is to be over; 0: whenever."""
-
-
-class Key(NamedTuple):
-    """A key callers show to the gateway; the secret itself is not kept."""
-
-    id: str
-    name: str
-    created: float
-    revoked: float | None
-    limits: Limits = Limits()
-
-
-class NewKey(NamedTuple):
-    """A key at the only moment its secret is known."""
-
-    key: Key
-    secret: str
 
 
 class Counts(NamedTuple):
@@ -110,46 +57,6 @@ class Counts(NamedTuple):
     feedback: int
     attempts: int
     blobs: int
-
-
-class ModelUse(NamedTuple):
-    """What one alias had from one target."""
-
-    alias: str
-    target: str
-    calls: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost_usd: float
-    """Of the calls that have a price."""
-    first_at: float
-    """Unix seconds."""
-    last_at: float
-
-
-class AnsweredBy(NamedTuple):
-    """What one model id answered for one target."""
-
-    target: str
-    answered_by: str
-    """The id named in the answers."""
-    calls: int
-    first_at: float
-    """Unix seconds."""
-    last_at: float
-
-
-class Latency(NamedTuple):
-    """How fast one target has been."""
-
-    target: str
-    calls: int
-    ttft_s: float
-    """Seconds to the first byte, median."""
-    total_s: float
-    """Seconds to the last, median."""
-    tokens_per_s: float
-    """Answer tokens per second of the whole call, median."""
 
 
 class Segment(NamedTuple):
@@ -418,47 +325,20 @@ class Store:
         return {row[0]: row[1] >= 0.5 for row in said if row[1] is not None}
 
     def models(self) -> list[ModelUse]:
-        """Each alias and target seen in answered traffic, with its calls, tokens and cost."""
-        sql = (
-            "SELECT alias, target, COUNT(*), COALESCE(SUM(prompt_tokens), 0), "  # noqa: S608 literals
-            "COALESCE(SUM(completion_tokens), 0), COALESCE(SUM(cost_usd), 0.0), MIN(at), MAX(at) "
-            f"FROM {CALLS} WHERE status < 400 GROUP BY alias, target ORDER BY alias, target"
-        )
-        return [ModelUse(r[0], r[1], *(int(n) for n in r[2:5]), *r[5:]) for r in self._database.query(sql)]
+        """See `figures.models`."""
+        return figures.models(self._database)
 
     def answered_by(self, *, since: float | None = None) -> list[AnsweredBy]:
-        """Each model id that answered for a target, by target and first sight."""
-        where = _Where(["status < 400", "answered_by <> ''"])
-        where.add("at >= ?", since)
-        sql = (
-            f"SELECT target, answered_by, COUNT(*), MIN(at), MAX(at) FROM {CALLS} {where.sql} "  # noqa: S608
-            "GROUP BY target, answered_by ORDER BY target, MIN(at)"
-        )
-        return [AnsweredBy(r[0], r[1], int(r[2]), *r[3:]) for r in self._database.query(sql, where.values)]
+        """See `figures.answered_by`; ``since`` in Unix seconds."""
+        return figures.answered_by(self._database, since)
 
     def fingerprints(self) -> list[Fingerprint]:
         """Each ``system_fingerprint`` seen in answers, by target, model id and first sight."""
         return fingerprints.read(self._database)
 
     def latencies(self, *, latest: int = 2_000) -> list[Latency]:
-        """Medians over the ``latest`` answered calls, by target; a target with none of them is left out."""
-        sql = (
-            f"SELECT target, ttft_s, total_s, completion_tokens FROM {CALLS} "  # noqa: S608 literals
-            "WHERE status < 400 AND total_s > 0 ORDER BY key DESC LIMIT ?"
-        )
-        timed: dict[str, list[Row]] = {}
-        for row in self._database.query(sql, (latest,)):
-            timed.setdefault(row[0], []).append(row)
-        return [
-            Latency(
-                target,
-                len(calls),
-                median(row[1] for row in calls),
-                median(row[2] for row in calls),
-                median((row[3] or 0) / row[2] for row in calls),
-            )
-            for target, calls in sorted(timed.items())
-        ]
+        """See `figures.latencies`."""
+        return figures.latencies(self._database, latest)
 
     def hours(self, *, since: float | None = None, until: float | None = None) -> list[Hour]:
         """Calls, tokens, cost and failures per hour, alias and target, oldest first; whole hours (UTC)."""
@@ -519,14 +399,11 @@ class Store:
 
     def routes(self) -> dict[str, Route]:
         """The route of each alias that has one."""
-        sql = f"SELECT {_ROUTE_COLUMNS} FROM routes ORDER BY alias"  # noqa: S608 literals
-        return {row[0]: _route(row) for row in self._database.query(sql)}
+        return routes.read(self._database)
 
     def route(self, alias: str) -> Route | None:
         """The route of one alias."""
-        sql = f"SELECT {_ROUTE_COLUMNS} FROM routes WHERE alias = ?"  # noqa: S608 literals
-        found = self._database.query(sql, (alias,))
-        return _route(found[0]) if found else None
+        return routes.one(self._database, alias)
 
     def routes_version(self) -> int:
         """A number that grows with every change of any route: what gateways poll."""
@@ -555,32 +432,17 @@ class Store:
         0 stands for an alias without a route; ``at`` is the time of the change in Unix seconds, None now;
         ``staying`` are digests of 8 bytes, see `staying`. The change and its history are on disk on return.
         """
-        spread = msgspec.json.encode(list(fallback)).decode()
         when = time.time() if at is None else at
-        row = (
-            *(alias, expected_version + 1, model, spread, stage, when, by, reason, evidence),
+        route = Route(
+            *(alias, expected_version + 1, model, tuple(fallback), stage, when, by, reason, evidence),
             *(candidate, share, origin, deadline),
         )
         with self._database.transaction(durable=True):
-            found = self.route(alias)
-            if (found.version if found else 0) != expected_version:
-                return False
-            self._database.execute("DELETE FROM routes WHERE alias = ?", (alias,))
-            for table in ("routes", "route_history"):
-                self._many(table, _ROUTE_COLUMNS, [row])
-            self._database.execute("DELETE FROM staying WHERE alias = ?", (alias,))
-            if staying:
-                self._many(
-                    "staying", "alias, version, tasks", [(alias, expected_version + 1, b"".join(staying))]
-                )
-        return True
+            return routes.put(self._database, route, staying)
 
     def staying(self) -> dict[str, frozenset[bytes]]:
-        """For each alias the tasks that stay with its model though the candidate's share covers them."""
-        return {
-            alias: frozenset(bytes(tasks[i : i + 8]) for i in range(0, len(tasks), 8))
-            for alias, tasks in self._database.query("SELECT alias, tasks FROM staying")
-        }
+        """See `routes.staying`."""
+        return routes.staying(self._database)
 
     def set_look(self, alias: str, at: float, seen: str) -> None:
         """Keep how a trial stood at a time (Unix seconds), as JSON, in place of the last look."""
@@ -588,71 +450,46 @@ class Store:
 
     def set_looks(self, looks: Sequence[tuple[str, float, str]]) -> None:
         """The same for several trials at once."""
-        sql = (
-            "INSERT INTO looks (alias, at, seen) VALUES (?, ?, ?) "
-            "ON CONFLICT (alias) DO UPDATE SET at = excluded.at, seen = excluded.seen"
-        )
         with self._database.transaction():
-            self._database.many(sql, looks)
+            routes.put_looks(self._database, looks)
 
     def looks(self) -> dict[str, tuple[float, str]]:
         """The last look at each trial there was: its time and JSON."""
-        return {
-            alias: (at, seen) for alias, at, seen in self._database.query("SELECT alias, at, seen FROM looks")
-        }
+        return routes.looks(self._database)
 
     def dealt(self, alias: str, since: float) -> Iterator[tuple[str, str]]:
         """Task and the target asked first, of each call with a task since then (Unix seconds), in order."""
-        sql = (
-            "SELECT task_id, COALESCE((SELECT target FROM attempts WHERE call = calls.key "  # noqa: S608
-            "AND number = (SELECT MIN(number) FROM attempts WHERE call = calls.key)), target) "
-            f"FROM {CALLS} WHERE alias = ? AND key >= ? AND task_id <> '' ORDER BY key"
-        )
-        yield from ((row[0], row[1]) for row in self._database.query(sql, (alias, _key_at(since))))
+        return routes.dealt(self._database, alias, _key_at(since))
 
     def route_history(self, alias: str | None = None) -> list[Route]:
-        """Every version of an alias's route, or of all in order of time; oldest first."""
-        where = _Where()
-        where.add("alias = ?", alias)
-        # clocks of several machines need not agree; versions do
-        order = "changed_at, version" if alias is None else "version"
-        sql = f"SELECT {_ROUTE_COLUMNS} FROM route_history {where.sql} ORDER BY {order}"  # noqa: S608
-        return [_route(row) for row in self._database.query(sql, where.values)]
+        """See `routes.history`."""
+        return routes.history(self._database, alias)
 
     # keys
 
     def create_key(self, name: str, limits: Limits = Limits()) -> NewKey:  # noqa: B008 immutable
         """A new key. Its secret is shown here and never again: only its SHA-256 is kept, which is enough for
         256 random bits (a slow hash is for passwords)."""
-        key = Key(secrets.token_hex(6), name, time.time(), None, limits)
-        secret = f"us-{key.id}-{secrets.token_urlsafe(32)}"
         with self._database.transaction(durable=True):
-            self._many("keys", f"{_KEY_COLUMNS}, hash", [(*key[:4], *limits, _hashed(secret))])
-        return NewKey(key, secret)
+            return keys.create(self._database, name, limits)
 
     def keys(self) -> list[Key]:
         """Every key ever made, oldest first."""
-        sql = f"SELECT {_KEY_COLUMNS} FROM keys ORDER BY created"  # noqa: S608 literals
-        return [_key(row) for row in self._database.query(sql)]
+        return keys.read(self._database)
 
     def key(self, key_id: str) -> Key | None:
         """One key, living or revoked; None when there is none."""
-        sql = f"SELECT {_KEY_COLUMNS} FROM keys WHERE id = ?"  # noqa: S608 literals
-        found = self._database.query(sql, (key_id,))
-        return _key(found[0]) if found else None
+        return keys.one(self._database, key_id)
 
     def revoke_key(self, key_id: str) -> bool:
         """End a key; False when there is none or it has ended before."""
         with self._database.transaction(durable=True):
-            sql = "UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL"
-            return self._database.execute(sql, (time.time(), key_id)) == 1
+            return keys.revoke(self._database, key_id)
 
     def limit_key(self, key_id: str, limits: Limits) -> bool:
         """Give a key other limits; False when there is no such living key."""
-        changes = ", ".join(f"{kind} = ?" for kind in Limits._fields)
         with self._database.transaction(durable=True):
-            sql = f"UPDATE keys SET {changes} WHERE id = ? AND revoked IS NULL"  # noqa: S608 literals
-            return self._database.execute(sql, (*limits, key_id)) == 1
+            return keys.limit(self._database, key_id, limits)
 
     def draw(self, key_id: str, kind: Kind, period: int, *, limit: float, owed: float = 0.0) -> float:
         """A share of what a key may still spend in a period, see `allowances.draw`."""
@@ -660,13 +497,8 @@ class Store:
             return allowances.draw(self._database, key_id, kind, period, limit=limit, owed=owed)
 
     def lookup_key(self, secret: str) -> Key | None:
-        """The living key behind a secret. Compared in constant time, also when there is no such key."""
-        parts = secret.split("-", 2)
-        key_id = parts[1] if len(parts) == 3 else ""
-        sql = f"SELECT {_KEY_COLUMNS}, hash FROM keys WHERE id = ? AND revoked IS NULL"  # noqa: S608 literals
-        found = self._database.query(sql, (key_id,))
-        same = hmac.compare_digest(_hashed(secret), bytes(found[0][-1]) if found else bytes(32))
-        return _key(found[0]) if same and found else None
+        """The living key behind a secret; see `keys.lookup`."""
+        return keys.lookup(self._database, secret)
 
 
 class _Where:
@@ -692,15 +524,3 @@ class _Where:
 def _key_at(moment: float) -> str:
     """What every key of that time or a later one is not less than: keys begin with milliseconds."""
     return f"{max(0, int(moment * 1000)):012x}"
-
-
-def _route(row: Row) -> Route:
-    return Route(row[0], row[1], row[2], tuple(msgspec.json.decode(row[3], type=list[str])), *row[4:])
-
-
-def _key(row: Row) -> Key:
-    return Key(row[0], row[1], row[2], row[3], Limits(*row[4:8]))
-
-
-def _hashed(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode("utf-8", "replace")).digest()
