@@ -141,6 +141,27 @@ async def test_a_judge_is_not_asked_where_somebody_spoke_or_a_tool_was_called(
     assert world.judge.calls == 0
 
 
+async def test_a_judge_that_fails_on_the_candidates_answers_alone_promotes_nobody(
+    store: Store, config: Config
+) -> None:
+    world = silent(store, config, shares=[0.3, 0.5], tasks=[5, 5], margin=0.4)
+    world.answers = {OLD: "short", NEW: "a long answer"}
+
+    def script(request: dict[str, Any]) -> str:
+        shown = request["messages"][-1]["content"]
+        odd = shown.partition("\n\n--- Answer")[0].splitlines()[1][-1] in "13579"  # of the task's name
+        return "" if odd and "a long answer" in shown else "score: 9"
+
+    world.judge._script = script  # type: ignore[attr-defined]
+    world.controller = world.anew()
+    for _ in range(20):
+        reports = await world.pass_on(50)
+        world.now += 1000  # its pauses
+    assert route_of(store).share == 0.3
+    assert reports[0].standing.difference.e_fine > 20
+    assert any("a judge that is fair" in missing for missing in reports[0].missing)
+
+
 @pytest.mark.parametrize("judge", [NEW, OLD, "court/new-9b", "court/old"])
 def test_an_arm_or_its_kin_may_not_judge(store: Store, config: Config, judge: str) -> None:
     rollout_settings = settings(config, judge=judge).rollout

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class Trial:
         self.standing = Standing(settings)
         began = history[0].changed_at if history else route.changed_at
         self._canary = next((r.changed_at for r in history if r.stage == "canary"), None)
+        self._shares = [(r.changed_at, r.share if r.stage == "canary" else 0.0) for r in history]
         self._alone = next((r.changed_at for r in history if r.share >= 1.0), math.inf)
         self.shadow = Shadow(store, route.alias, route.candidate, began, settings)
         self.judging = Judging(store, route, began, settings, clock)
@@ -70,6 +72,8 @@ class Trial:
 
     def turn_to(self, route: Route) -> Evidence | None:
         """Know where the route stands now; returns what is told of its traffic, once there is a canary."""
+        if not self._shares or route.changed_at > self._shares[-1][0]:
+            self._shares.append((route.changed_at, route.share if route.stage == "canary" else 0.0))
         if route.share >= 1.0:
             self._alone = min(self._alone, route.changed_at)
         self.standing.alone_since = self._alone
@@ -84,15 +88,20 @@ class Trial:
             )
         return self._evidence
 
-    def add_events(self, route: Route, events: Sequence[Event], upto: float) -> None:
+    def _share_at(self, moment: float) -> float:
+        """The candidate's share of the tasks that began then."""
+        before = bisect_right(self._shares, (moment, math.inf))
+        return self._shares[before - 1][1] if before else 0.0
+
+    def add_events(self, events: Sequence[Event], upto: float) -> None:
         """Fold in what happened to tasks, with what the judge said until then (Unix seconds) of earlier
         ones. Raises StoreError."""
         judging, standing = self.judging, self.standing
         said = judging.heard(upto)
-        judging.offer(events, route.share)
+        judging.offer(events, self._share_at)
         standing.add(sorted([*events, *said], key=lambda event: event.at))
         standing.judge_trouble, standing.judge_broke = judging.trouble, judging.broke
-        standing.judge_usd = judging.spent_usd
+        standing.judge_usd, standing.judge_lopsided = judging.spent_usd, judging.lopsided
 
     def add_pairs(self) -> None:
         """Fold in the copies answered since the last time. Raises StoreError."""
@@ -104,14 +113,14 @@ def fold_in(store: Store, under_way: Sequence[tuple[Route, Trial]], now: float) 
 
     Raises StoreError.
     """
-    told: list[tuple[Route, Trial, Evidence]] = []
+    told: list[tuple[Trial, Evidence]] = []
     for route, trial in under_way:
         trial.add_pairs()
         if evidence := trial.turn_to(route):
-            told.append((route, trial, evidence))
-    events = look(store, [evidence for _, _, evidence in told], now)
-    for (route, trial, _), of in zip(told, events, strict=True):
-        trial.add_events(route, of, now - LAG_S)
+            told.append((trial, evidence))
+    events = look(store, [evidence for _, evidence in told], now)
+    for (trial, _), of in zip(told, events, strict=True):
+        trial.add_events(of, now - LAG_S)
 
 
 class Controller:

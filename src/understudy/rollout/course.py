@@ -132,7 +132,8 @@ def _place(route: Route, settings: Rollout) -> int:
 def _unproven(standing: Standing, settings: Rollout) -> list[str]:
     wanted = 1.0 / settings.alpha
     if standing.difference.e_fine >= wanted:
-        return []
+        lopsided = standing.judge_lopsided if standing.judged else ""
+        return [f"a judge that is fair: {settings.judge} {lopsided}"] if lopsided else []
     return _unsaid(standing, settings) or [
         f"outcomes that show it no worse by {settings.margin:g}: e-value {standing.difference.e_fine:.3g} "
         f"of {wanted:g} after {standing.scored} tasks of the candidate",

@@ -11,7 +11,7 @@ It ignores turns that called tools (graders tell of those) and what follows from
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -45,6 +45,9 @@ MOST = 32
 WAITING = 1_000
 """Tasks that wait to be judged; of more, the oldest are given up."""
 TRIES = 3
+FEW_UNSCORED, LOPSIDED = 3, 0.1
+"""So many of the candidate's tasks without a score, and such a share more than of the incumbent's, are no
+chance."""
 AGAIN_S, AGAIN_MOST_S = 30.0, 900.0
 """Pause after a pass in which a call failed; it doubles."""
 
@@ -85,6 +88,10 @@ class Judging:
         """Judged by this process and not read back yet."""
         self._known: set[str] = set()
         """Judged by another process, or an earlier one, and not offered yet."""
+        self._scored: Counter[str] = Counter()
+        """Tasks by the arm they were dealt to."""
+        self._unscored: dict[str, str] = {}
+        """The same for those that it was asked about in vain, by call."""
         self._again_at, self._pause = 0.0, AGAIN_S
         self.spent_usd = 0.0
         """Of the calls that have a price."""
@@ -119,19 +126,35 @@ class Judging:
         self._ahead = [one for one in self._ahead if one.at >= upto]
         return here
 
-    def offer(self, events: Iterable[Event], share: float) -> None:
-        """Tasks that have settled while the candidate had ``share`` of them; those nobody spoke of are
-        drawn from."""
-        if not self._settings.judge or not 0.0 < share < 1.0:
+    def offer(self, events: Iterable[Event], share_at: Callable[[float], float]) -> None:
+        """Tasks that have settled; those nobody spoke of are drawn from. ``share_at`` tells the candidate's
+        share at a time (Unix seconds)."""
+        if not self._settings.judge:
             return
-        beside = min(1.0, BESIDE * share / (1.0 - share))
         for event in events:
             if not isinstance(event, Settled) or event.outcome is not None or not event.call:
                 continue
+            share = share_at(event.at - self._settings.settle_s)
             if event.call in self._known:
                 self._known.discard(event.call)
-            elif drawn(event.call, self._settings.judge_sample * (1.0 if event.candidate else beside)):
+            elif 0.0 < share < 1.0 and drawn(event.call, self._rate(share, candidate=event.candidate)):
                 self._due.append(_Due(event.call, event.candidate))
+
+    def _rate(self, share: float, *, candidate: bool) -> float:
+        beside = 1.0 if candidate else min(1.0, BESIDE * share / (1.0 - share))
+        return self._settings.judge_sample * beside
+
+    @property
+    def lopsided(self) -> str:
+        """In words, where it fails on the candidate's answers more than on the incumbent's: what it does say
+        is then no fair sample. Empty where it doesn't."""
+        unscored = Counter(self._unscored.values())
+        own, beside = (
+            unscored[arm] / ((unscored[arm] + self._scored[arm]) or 1) for arm in ("candidate", "incumbent")
+        )
+        if unscored["candidate"] < FEW_UNSCORED or own <= beside + LOPSIDED:
+            return ""
+        return f"scores no {own:.0%} of the candidate's tasks, and no {beside:.0%} of the incumbent's"
 
     def _read(self, stored: StoredCall) -> Judged | None:
         call = stored.call
@@ -141,13 +164,19 @@ class Judging:
         self.exhausted = self.spent_usd + self._dearest > self._settings.judge_usd
         of, score = call.tags.get(OF, ""), _score(call)
         self.trouble = "" if score is not None else _trouble(call)
+        arm = call.tags.get(ARM, "")
         if score is None:
+            self._unscored[of] = arm
+            if len(self._unscored) > WAITING:
+                del self._unscored[next(iter(self._unscored))]
             return None
+        self._unscored.pop(of, None)
+        self._scored[arm] += 1
         if of in self._asked:
             self._asked.discard(of)
         else:
             self._known.add(of)
-        return Judged(call.at, call.tags.get(ARM) == "candidate", score)
+        return Judged(call.at, arm == "candidate", score)
 
     def wants(self, now: float) -> bool:
         """Whether there is something to ask, and it may be asked."""

@@ -140,6 +140,8 @@ class Standing:
         """Why the judge brings no score; empty when it does, or there is none."""
         self.judge_broke = False
         """Its money is spent."""
+        self.judge_lopsided = ""
+        """In words, where it fails on one side more than on the other."""
         self.judge_usd = 0.0
         """US dollars it has cost."""
         self._first = Ceiling(settings.slow_factor)
