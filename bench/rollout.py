@@ -37,7 +37,7 @@ LIVE = (
     Case("out of order", 100, 0.8, -1.0, SHORT, 5),
     Case("equal", 1000, 0.8, 0.8, SHORT, 10),
     Case("worse by the margin of 25 points", 1000, 0.8, 0.55, SHORT, 10),
-    Case("ten points worse, default course", 24, 0.8, 0.7, "", 50),
+    Case("ten points worse, default course", 100, 0.8, 0.7, "", 50),
 )
 SETTINGS = Rollout(replay_tasks=0, shadow_tasks=0)
 LOOK_EVERY = 20
@@ -50,6 +50,8 @@ SIMULATED = (
     ("ten points worse", 300, 0.8, 0.7),
     ("ten points worse, from 90%", 300, 0.9, 0.8),
     ("ten points worse, from 70%", 300, 0.7, 0.6),
+    ("ten points worse, from 60%", 500, 0.6, 0.5),
+    ("ten points worse, from 50%", 500, 0.5, 0.4),
 )
 HEAD = ("case", "migrations", "promoted", "rolled back", "waiting or held", "tasks", "of the candidate")
 

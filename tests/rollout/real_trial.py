@@ -89,7 +89,7 @@ class Stage:
 
             return await asyncio.gather(*(one(task) for task in tasks))
 
-    async def until(self, true: Callable[[], bool], seconds: float = 40.0) -> None:
+    async def until(self, true: Callable[[], bool], seconds: float = 100.0) -> None:
         async with asyncio.timeout(seconds):
             while not true():  # noqa: ASYNC110 - another process fills the store
                 await asyncio.sleep(0.2)

@@ -16,11 +16,11 @@ from understudy.traffic.routes import Route, Stage
 DAY_S = 86_400.0
 DOUBT = 20.0
 """E-value of a guard above which no step is taken until it has gone again."""
-HAND_OVER = 0.1
-"""Most that the next share times the evidence against the candidate's outcomes may be: the more of the
-traffic a step would hand over, the less doubt it takes to stop it, and a small share sees the truth with the
-fewest of the candidate's tasks, for the incumbent's mean beside it is known best there. Within the canary a
-share above 0.1 takes outcomes that speak for the candidate; into it, none that speak against it."""
+HAND_OVER = 0.0125
+"""Most that the square of the next share times the evidence against the candidate's outcomes may be: the more
+of the traffic a step would hand over, the less doubt it takes to stop it, and a small share sees the truth
+with the fewest of the candidate's tasks, for the incumbent's mean beside it is known best there. Within the
+canary a share above 0.11 takes outcomes that speak for the candidate; into it, none that speak against it."""
 NOTHING_KNOWN = 1.01
 """An e-value begins at 1."""
 PROOF_SHARE = 0.5
@@ -143,7 +143,7 @@ def _unproven(standing: Standing, settings: Rollout) -> list[str]:
 
 def _most_doubt(route: Route, onward: float) -> float:
     """E-value against the candidate's outcomes with which it may still have the next share."""
-    most = HAND_OVER / onward
+    most = HAND_OVER / onward**2
     return most if route.stage == "canary" else max(most, NOTHING_KNOWN)
 
 
