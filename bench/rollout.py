@@ -13,6 +13,7 @@ kept so far; `--part 0/N` runs none. So the whole is run piece by piece, and an 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 import tempfile
@@ -136,12 +137,17 @@ class Pieces:
         return reduce(Kept.and_also, parts, NOTHING)
 
 
-def live(case: Case, first: int, size: int) -> Kept:
+def live(case: Case, minutes: float, first: int, size: int) -> Kept:
     with tempfile.TemporaryDirectory() as folder:
         case = case._replace(migrations=size, first=first)
-        ended = migrate_all(case, Path(folder) / "case", lambda said: progress(f"{case.name}: {said}"))
+        told = partial(_told, case.name)
+        ended = migrate_all(case, Path(folder) / "case", told, minutes)
     counted = (ended.requests, ended.failed, ended.lost, ended.doubled, ended.mixed, ended.cpu_s)
     return Kept(dict(ended.stages), ended.tasks, ended.candidates, *counted)
+
+
+def _told(name: str, said: str) -> None:
+    progress(f"{name}: {said}")
 
 
 def simulated(name: str, incumbent: float, candidate: float, first: int, size: int) -> Kept:
@@ -175,13 +181,13 @@ def head(*more: str) -> None:
     print("|" + "---|" * (len(HEAD) + len(more)))
 
 
-def through_the_gateway(only: str, pieces: Pieces) -> None:
+def through_the_gateway(only: str, pieces: Pieces, minutes: float) -> None:
     head("at most", "requests", "failed for a client", "records lost", "doubled", "tasks that mixed models")
     cpu_s = 0.0
     for case in LIVE:
         if only not in (name := f"live {case.name}"):
             continue
-        kept = pieces.whole(name, case.migrations, partial(live, case))
+        kept = pieces.whole(name, case.migrations, partial(live, case, minutes))
         counted = (
             max(kept.candidates, default=0),
             *(kept.requests, kept.failed, kept.lost, kept.doubled, kept.mixed),
@@ -206,11 +212,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="words of a case's name, after `live` or `simulated`")
     parser.add_argument("--part", default="1/1", help="K/N: the K-th of N parts of the migrations")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep each part here, and show all kept")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="of each live case; then what has not ended waits"
+    )
     given = parser.parse_args()
     only, (part, parts) = given.only, (int(number) for number in given.part.split("/"))
     pieces = Pieces(part, parts, given.keep)
     print("Through a real gateway and store (“at most”: tasks of the candidate until the end):\n")
-    through_the_gateway(only, pieces)
+    through_the_gateway(only, pieces, given.minutes)
     print("By simulation, on the default course:\n")
     by_simulation(only, pieces)
     print()

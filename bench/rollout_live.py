@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -255,7 +256,8 @@ class World:
         self.failed = 0
         self.clients: list[Client] = []
 
-    async def run(self, told: Callable[[str], None]) -> None:
+    async def run(self, told: Callable[[str], None], minutes: float) -> None:
+        ends = time.monotonic() + 60.0 * minutes
         loop = asyncio.get_running_loop()
         self.clients = [
             (await loop.create_connection(Client, "127.0.0.1", self.port))[1] for _ in range(CONNECTIONS)
@@ -263,7 +265,7 @@ class World:
         for wave in range(MOST_WAVES):
             running = [r.alias for r in self.store.routes().values() if r.stage in UNDER_WAY]
             told(f"wave {wave}: {len(running)} under way, {sum(self.sent.values())} tasks")
-            if not running:
+            if not running or time.monotonic() > ends:
                 break
             await self._wave(running, wave)
             await self._settled()
@@ -302,8 +304,9 @@ def _no_copies(candidate: str) -> Means:
     raise AssertionError(f"these trials copy nothing to {candidate}")
 
 
-def migrate_all(case: Case, folder: Path, told: Callable[[str], None]) -> Ended:
-    """Put every alias of the case on trial and send tasks until all have ended."""
+def migrate_all(case: Case, folder: Path, told: Callable[[str], None], minutes: float = math.inf) -> Ended:
+    """Put every alias of the case on trial and send tasks until all have ended, or so many minutes are over:
+    what has not ended then counts as waiting."""
     folder.mkdir(parents=True)
     begun, cpu = time.monotonic(), _cpu()
     with models(case.old, case.new) as behind:
@@ -329,7 +332,7 @@ def migrate_all(case: Case, folder: Path, told: Callable[[str], None]) -> Ended:
                 )
             with gateway(folder) as port:
                 world = World(case, config, store, port)
-                uvloop.run(world.run(told))
+                uvloop.run(world.run(told, minutes))
             return _ended(world, time.monotonic() - begun, _cpu() - cpu)
 
 

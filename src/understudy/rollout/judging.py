@@ -28,7 +28,7 @@ from understudy.protocol import Json, answer_text
 from understudy.rollout.evidence import Event, Judged, Settled
 from understudy.rollout.own_call import Means, ask
 from understudy.rollout.shadow import drawn
-from understudy.traffic.record import Call, new_key
+from understudy.traffic.record import Call, new_key, time_of
 from understudy.traffic.routes import Route
 from understudy.traffic.rows import StoredCall
 from understudy.traffic.sample import exchange
@@ -80,7 +80,7 @@ class Judging:
         self._settings = settings
         self._clock = clock
         self._seen, self._last = since, ""
-        """Time and key of the last judgement that was read."""
+        """When the last judgement that was read was recorded, and its key."""
         self._ahead: list[Judged] = []
         """Scores nearer to the present than is told of."""
         self._due: deque[_Due] = deque(maxlen=WAITING)
@@ -115,11 +115,10 @@ class Judging:
         if not self._settings.judge:
             return []
         alias = judge_alias(self._route.alias)
-        for stored in self._store.calls(alias=alias, since=self._seen, texts=True):
+        keys = self._store.arrived([alias], self._seen).get(alias, [])
+        for stored in self._store.some([key for key in keys if key > self._last], texts=True):
             call = stored.call
-            if call.key <= self._last:
-                continue
-            self._seen, self._last = call.at, call.key
+            self._seen, self._last = time_of(call.key), call.key
             if call.tags.get(TRIAL) == str(self._route.origin) and (one := self._read(stored)):
                 self._ahead.append(one)
         here = [one for one in self._ahead if one.at < upto]

@@ -134,3 +134,8 @@ def new_key() -> str:
     noise = _noise.draw()
     top = (stamp << 80) | (0x7 << 76) | ((noise >> 68) & 0xFFF) << 64
     return f"{top | (0b10 << 62) | (noise & ((1 << 62) - 1)):032x}"
+
+
+def time_of(key: str) -> float:
+    """When a key was made, in Unix seconds: it begins with the milliseconds."""
+    return int(key[:12], 16) / 1000.0
