@@ -208,7 +208,8 @@ async def test_each_call_is_read_once_however_often_it_is_looked_at(store: Store
             read.extend(() if texts else keys)
             return super().some(keys, texts=texts)
 
-    world = started(Counting(store._database), config)  # type: ignore[attr-defined] # the same file
+    counting = Counting(store._database)  # type: ignore[attr-defined] # the same file
+    world = started(counting, settings(config, tasks=[50, 50, 50]))
     await world.pass_on(100)
     assert len(read) == len(set(read)) >= 90
 
