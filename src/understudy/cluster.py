@@ -26,6 +26,8 @@ LOCAL, FOUND = "local", "auto"
 """A cluster of this machine alone, for as long as the command runs; the one that this machine is part of."""
 AGAIN = 8
 """Times an errand is begun anew after its worker died: more often, and the errand itself kills workers."""
+ASKED_AGAIN = 100
+"""Times a call is handed over anew: each try until the cluster has noticed a death counts, a second apart."""
 IN_FLIGHT = 1000
 """Things that one of a crew does at once."""
 CONNECT_S = 5.0
@@ -97,7 +99,7 @@ class Cluster:
         """
         at = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
         # a byte of memory: Ray places one that asks for nothing at random, whatever node it is to be on
-        options = {"num_cpus": 0, "memory": 1, "max_restarts": -1, "max_task_retries": AGAIN}
+        options = {"num_cpus": 0, "memory": 1, "max_restarts": -1, "max_task_retries": ASKED_AGAIN}
         members: list[Any] = []
         for node in self._ray.nodes():
             for _ in range(int(node["Resources"].get("CPU", 0)) if node["Alive"] else 0):
@@ -170,11 +172,11 @@ def connect(address: str) -> Generator[Cluster]:
         ray.init(log_to_driver=False, logging_level="error", **options)
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise _unanswered(address, _first_line(error)) from error
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints what it has to say about a node that died
+    with redirect_stdout(sys.stderr):  # Ray prints what it has to say about a node that died, to the last
+        try:
             yield Cluster(ray, address)
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _package() -> _Ray:
