@@ -126,7 +126,7 @@ class Cluster:
             return error
         return AddressError(
             f"the Ray cluster {self.address} could not do an errand: {_first_line(error)}",
-            expected=f"workers that live: it was begun {AGAIN + 1} times",
+            expected="workers that live: it was begun again each time one died",
             next_step="look into the cluster's logs, then the same command again: what is done is kept",
         )
 
