@@ -587,6 +587,9 @@ def _check_weights(config: Config, name: str, alias: Alias, faults: _Faults) -> 
 
 def _check_rollout(config: Config, faults: _Faults) -> None:
     rollout = config.rollout or Rollout()
+    for name, share in (("shadow_sample", rollout.shadow_sample), ("judge_sample", rollout.judge_sample)):
+        if not 0.0 <= share <= 1.0:
+            faults.add(f"rollout.{name}", f"{share}: expected a share from 0 to 1")
     if rollout.judge and not _known_target(config, rollout.judge):
         faults.add("rollout.judge", _unknown_target(config, rollout.judge))
     _check_secret("rollout.webhook", rollout.webhook, faults)

@@ -280,7 +280,7 @@ async def test_the_shadows_money_is_capped(store: Store, config: Config) -> None
     assert route is not None
     assert route.stage == "held"
     assert "shadow_usd" in route.reason
-    assert len(list(store.calls(alias=shadow_alias("chat")))) <= 10 + 32
+    assert len(list(store.calls(alias=shadow_alias("chat")))) == 10
 
 
 async def test_recorded_calls_are_replayed_before_the_trial_copies_any(store: Store, config: Config) -> None:
@@ -401,6 +401,8 @@ def test_a_version_that_is_gone_is_refused(store: Store, config: Config) -> None
         ("shares = [0.5, 0.1]", "rising shares"),
         ("tasks = [1]", "for each of rollout.shares"),
         ("margin = 1.5", "between 0.0 and 1.0"),
+        ("judge_sample = 20", "a share from 0 to 1"),
+        ('judge = "nowhere/m"', "no .endpoints.nowhere"),
         ('webhook = "https://hooks.example/secret"', "a key in clear"),
     ],
 )

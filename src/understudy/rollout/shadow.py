@@ -54,6 +54,8 @@ class Shadow:
         self._seen = since
         self.spent_usd = 0.0
         """Of the copies that have a price."""
+        self._dearest: float | None = None
+        """US dollars of the dearest copy so far; None before the first."""
 
     def pairs(self) -> list[Pair]:
         """Copies answered since it was last asked, beside what they were made of. Raises StoreError."""
@@ -64,7 +66,8 @@ class Shadow:
             if call.target != self._candidate or of in made:
                 continue
             made.add(of)
-            self.spent_usd += stored.cost.usd if stored.cost else 0.0
+            usd = stored.cost.usd if stored.cost else 0.0
+            self.spent_usd, self._dearest = self.spent_usd + usd, max(self._dearest or 0.0, usd)
             self._seen = max(self._seen, call.at)
             was = exchange(self._store, of)
             if was is not None:
@@ -99,13 +102,21 @@ class Shadow:
 
     @property
     def broke(self) -> bool:
-        """Whether its money is spent."""
-        return self.spent_usd >= self._settings.shadow_usd
+        """Whether its money is spent: one more copy might cost more than is left."""
+        return self.spent_usd + (self._dearest or 0.0) > self._settings.shadow_usd or not self._affordable
+
+    @property
+    def _affordable(self) -> int:
+        """Copies that may be made in the next pass; one, before anybody knows what one costs."""
+        left = self._settings.shadow_usd - self.spent_usd
+        if self._dearest is None:
+            return int(left > 0.0)
+        return int(left / self._dearest) if self._dearest else MOST
 
     def _next(self, now: float, replay: bool) -> Iterator[Exchange]:
         made = self._replayed if replay else self._copied
         wanted = self._settings.replay_tasks if replay else self._settings.shadow_tasks
-        most = 0 if self.broke else min(MOST, wanted - len(made))
+        most = 0 if self.broke else min(MOST, self._affordable, wanted - len(made))
         for stored in self._recorded(now, replay):
             if most <= 0:
                 return
