@@ -90,7 +90,7 @@ def checkpoint(folder: Path) -> Path:
 def run_lm_eval(
     model: str, arguments: Mapping[str, object], tasks: Mapping[str, int], given: Given
 ) -> Answers:
-    """The harness's own command line, one task at a time; its samples."""
+    """The harness's own command line, one task at a time; its samples. What is kept is not run again."""
     found: Answers = {}
     for task, limit in tasks.items():
         out = given.work / model / task
@@ -98,6 +98,9 @@ def run_lm_eval(
         told = ",".join(f"{name}={value}" for name, value in arguments.items())
         words = ["--model", model, "--model_args", told, "--tasks", task, "--limit", str(limit)]
         words += ["--log_samples", "--output_path", str(out), "--batch_size", "8"]
+        if any(out.rglob("samples_*.jsonl")):
+            found |= dict(answers_in(out))
+            continue
         subprocess.run([sys.executable, "-c", CLI, str(given.data), *words], check=True, stdout=sys.stderr)
         print(f"{model} {task}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         found |= dict(answers_in(out))
@@ -161,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         work = asked.keep or Path(name)
         given = Given(data, work)
-        source = checkpoint(work / "checkpoint")
+        source = work / "checkpoint" if (work / "checkpoint").exists() else checkpoint(work / "checkpoint")
         file = export_gguf(source, work / "f16.gguf", "f16").path
         served = ["serve", "--model", f"m={file}", "--listen", "127.0.0.1:0"]
         with running("serve", served, work / "serve.log") as at:

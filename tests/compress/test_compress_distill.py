@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -61,21 +63,34 @@ def test_healing_brings_the_student_nearer(pair, corpus, tmp_path: Path):
     assert curve.points[-1].tokens >= 6000 > curve.points[-2].tokens
 
 
+KILLED = """
+import os, signal
+from pathlib import Path
+import msgspec
+from transformers import AutoModelForCausalLM
+from understudy.compress.corpus import Document
+from understudy.compress.distill import Corpus, Settings, heal
+from understudy.compress.teacher import LiveTeacher
+def kill(step, done, total, note=""):
+    if done > 0.7 * total:
+        os.kill(os.getpid(), signal.SIGKILL)
+teacher, student = (AutoModelForCausalLM.from_pretrained(name) for name in ("teacher", "student"))
+train, held_out, settings = msgspec.json.decode(
+    Path("job.json").read_bytes(), type=tuple[list[Document], list[Document], Settings]
+)
+heal(student, LiveTeacher(teacher), Corpus(train, held_out), settings, Path("killed"), kill)
+"""
+
+
 def test_kill_and_resume_repeat_the_uninterrupted_run(pair, corpus, tmp_path: Path):
+    """Killed by the system, in a process of its own, with nothing left to clean up."""
     teacher, student = pair
-    other = copy.deepcopy(student)
+    again = copy.deepcopy(student)
+    teacher.save_pretrained(tmp_path / "teacher"), student.save_pretrained(tmp_path / "student")
+    (tmp_path / "job.json").write_bytes(msgspec.json.encode((corpus.train, corpus.held_out, SETTINGS)))
     whole = heal(student, LiveTeacher(teacher), corpus, SETTINGS, tmp_path / "whole")
-
-    class Killed(Exception):
-        """Stands for the power cut."""
-
-    def kill(step: str, done: int, total: int, note: str = "") -> None:
-        if done > 0.7 * total:
-            raise Killed
-
-    again = copy.deepcopy(other)
-    with pytest.raises(Killed):
-        heal(other, LiveTeacher(teacher), corpus, SETTINGS, tmp_path / "killed", kill)
+    died = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, check=False, timeout=300)
+    assert died.returncode == -signal.SIGKILL
     resumed = heal(again, LiveTeacher(teacher), corpus, SETTINGS, tmp_path / "killed")
     assert resumed.points == whole.points
     assert resumed.checks == whole.checks

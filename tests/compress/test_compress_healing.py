@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from understudy.compress import lowrank, onpolicy, optimiser
-from understudy.compress.corpus import Document, collate, pack
+from understudy.compress.corpus import Document, collate, pack, shuffled
 from understudy.compress.curve import Check, Curve, Point, plot, save_plot
 from understudy.compress.distill import Corpus, Settings, heal
 from understudy.compress.matching import Matching, depths, states_behind
@@ -329,6 +329,29 @@ def test_padding_changes_no_sample_distribution(make):
         p = torch.softmax(model(input_ids=torch.tensor([[3, 4, 5]])).logits[0, -1], -1)
     for found in counts:
         assert float((found - p).abs().sum()) / 2 < 0.15  # total variation
+
+
+def test_own_samples_are_learnt_by_reverse_kl(make, corpus, tmp_path: Path):
+    """What the first step reports is Σ s·(log s − log t) over the sampled answers, in float64."""
+    teacher, student = make(), make(seed=1)
+    settings = msgspec.structs.replace(
+        SETTINGS, on_policy=1.0, answer_tokens=16, tokens=1, checks=1, learning_rate=1e-12
+    )
+    count, seed = settings.step_tokens // settings.row_tokens, settings.seed * 1_000_003
+    prompts = onpolicy.prompts_of(corpus.train, settings.row_tokens - settings.answer_tokens)
+    drawn = [prompts[i] for i in shuffled(range(len(prompts)), seed)[: 2 * count]]
+    total, answered = 0.0, 0
+    for said in onpolicy.sampled(student, drawn, settings.answer_tokens, seed):
+        ids = torch.tensor([said.tokens])
+        with torch.no_grad():
+            mine, wanted = (
+                m(input_ids=ids).logits[0, :-1].double().log_softmax(-1) for m in (student, teacher)
+            )
+        each = (mine.exp() * (mine - wanted)).sum(-1)[torch.tensor(said.answer[1:])]
+        total, answered = total + float(each.sum()), answered + len(each)
+    curve = heal(student, LiveTeacher(teacher), corpus, settings, tmp_path)
+    assert answered > 100
+    assert curve.points[0].kl == pytest.approx(total / answered, rel=0.01)  # the teacher's states are bf16
 
 
 def test_prompts_end_before_the_last_answer():
