@@ -5,9 +5,12 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import html
+import queue
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from understudy.config import Config, Rollout
 from understudy.dashboard import evaluations
 from understudy.dashboard.calendar import KEPT_S, Calendar, Row
 from understudy.dashboard.desk import Desk
+from understudy.dashboard.orders import Order as Asked
+from understudy.dashboard.orders import Terms
 from understudy.dashboard.server import start
 from understudy.errors import UserError
 from understudy.rollout.controller import Controller
@@ -264,3 +269,31 @@ def test_the_calendar_is_made_anew_behind_the_reader(config: Config) -> None:
     assert calendar.rows(desk)["a"].tasks_per_day == clock[0]
     assert made == [1000.0, clock[0]]
     desk.close()
+
+
+def test_what_a_button_does_is_told_to_the_webhook(
+    store: Store, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    class Hook(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            heard.put(msgspec.json.decode(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Hook) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/")
+        watched = msgspec.structs.replace(config, rollout=Rollout(webhook="env:HOOK"))
+        acts, initial = moves_of(watched).acts, config.aliases["assistant"]
+        for do in ("start", "pause", "abort"):
+            order = Asked(do, "assistant", "local/student", 0, "ada", "why")
+            acts[do](store, order, Terms(), initial)
+            told = heard.get(timeout=10)["route"]
+            route = store.route("assistant")
+            assert route is not None
+            assert (told["stage"], told["changed_by"]) == (route.stage, "ada")
+        server.shutdown()

@@ -77,16 +77,17 @@ class Rounds:
     """Closes a round as soon as both sides have been seen."""
 
     def __init__(self) -> None:
-        self._seen: tuple[list[float], list[float]] = ([], [])
+        self._sums, self._counts = [0.0, 0.0], [0, 0]
 
     def add(self, value: float, *, candidate: bool) -> Round | None:
         """One observation in [0, 1]; the round it closed, if it closed one."""
-        self._seen[candidate].append(value)
-        incumbent, own = self._seen
-        if not (incumbent and own):
+        sums, counts = self._sums, self._counts
+        sums[candidate] += value
+        counts[candidate] += 1
+        if not (counts[0] and counts[1]):
             return None
-        self._seen = ([], [])
-        return Round(sum(own) / len(own), sum(incumbent) / len(incumbent))
+        self._sums, self._counts = [0.0, 0.0], [0, 0]
+        return Round(sums[1] / counts[1], sums[0] / counts[0])
 
 
 class Block(NamedTuple):

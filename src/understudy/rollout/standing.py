@@ -42,26 +42,25 @@ class Ceiling:
         self._factor = factor
         self._recent: deque[float] = deque()
         self._ranked: list[float] = []
+        self._limit: float | None = None
 
     def over(self, value: float | None, *, candidate: bool) -> float | None:
         """1 where ``value`` lies above what the incumbent had set before it, else 0; None while unknown."""
         if value is None:
             return None
-        limit = self._limit()
+        limit = self._limit
         if not candidate:
             self._keep(value)
         return None if limit is None else float(value > limit)
 
     def _keep(self, value: float) -> None:
-        if len(self._recent) == RECENT:
-            del self._ranked[bisect_left(self._ranked, self._recent.popleft())]
+        ranked = self._ranked
+        if len(ranked) == RECENT:
+            del ranked[bisect_left(ranked, self._recent.popleft())]
         self._recent.append(value)
-        insort(self._ranked, value)
-
-    def _limit(self) -> float | None:
-        if len(self._ranked) < FEWEST:
-            return None
-        return self._ranked[math.ceil(0.95 * len(self._ranked)) - 1] * self._factor
+        insort(ranked, value)
+        if (count := len(ranked)) >= FEWEST:
+            self._limit = ranked[(95 * count + 99) // 100 - 1] * self._factor
 
 
 class Mean:
