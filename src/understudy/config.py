@@ -236,6 +236,8 @@ class Evaluate(Section, frozen=True, kw_only=True):
     """Share of prompts (by hash) kept out of training."""
     seed: int = 20260101
     """Seed of the shuffle, committed before the first call."""
+    unit: Literal["item", "cluster"] = "item"
+    """Draw single calls, or every call of a conversation (x-task-id) at once."""
     benchmarks: list[str] = []
     """Public benchmarks to report, e.g. ["hellaswag", "mmlu"]."""
     benchmark_folder: str = ""

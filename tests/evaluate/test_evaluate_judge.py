@@ -17,7 +17,8 @@ from understudy.cli.label import label
 from understudy.endpoint import ScriptedModel
 from understudy.errors import EvidenceError, InputError
 from understudy.evaluate.certify import build, write
-from understudy.evaluate.evidence import ProofHeader, file_name, read_exchanges, read_lines
+from understudy.evaluate.evidence import ProofHeader, encode_line, file_name, read_exchanges, read_lines
+from understudy.evaluate.grade import Reply
 from understudy.evaluate.item import Call
 from understudy.evaluate.judge import (
     Judged,
@@ -32,6 +33,7 @@ from understudy.evaluate.judge import (
     refuse_kin,
     winner_of,
 )
+from understudy.evaluate.proof import score_of
 from understudy.evaluate.verify import verify
 from understudy.traffic.sample import Exchange
 
@@ -237,3 +239,21 @@ async def test_labels_by_key_calibrate_the_judge(drill: Path, sample: Sample) ->
     assert "which retires on 2027-03-01" in page
     with pytest.raises(InputError, match="no candidate 'x'"):
         CliRunner().invoke(label, [str(drill), "--candidate", "x"], catch_exceptions=False)
+
+
+def test_answers_shown_for_labelling_cannot_drive_the_terminal(drill: Path) -> None:
+    """Colours, titles, the clipboard, text right to left, a carriage return: none of it arrives."""
+    path = drill / "evidence" / file_name(STUDENT)
+    header, calls = read_lines(path, ProofHeader, Call)
+    hostile = "\x1b[2J\x1b]52;c;aGE=\x07\x9b31mred\u202eflipped\rgone\x08"
+    items = {item.key: item for item in read_exchanges(drill / "evidence").records}
+    answers = [
+        msgspec.structs.replace(c, reply=Reply(text=f"{hostile} {c.reply.text}"), score=0.0) for c in calls
+    ]
+    answers = [msgspec.structs.replace(c, score=score_of(items[c.key], c)) for c in answers]
+    path.write_bytes(b"".join(encode_line(line) for line in (header, *answers)))
+    done = CliRunner().invoke(label, [str(drill), "--candidate", STUDENT, "--most", "1"], input="1")
+    assert done.exit_code == 0, done.output
+    assert "�[2J" in done.output
+    assert "flipped" in done.output
+    assert not set("\x1b\x07\x9b\u202e\r\x08") & set(done.output)

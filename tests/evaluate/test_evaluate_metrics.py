@@ -220,13 +220,13 @@ async def test_more_metrics_must_all_hold(tmp_path: Path) -> None:
 
 def test_items_that_decide_nothing_are_looked_at_only_for_a_while() -> None:
     items = items_of(traffic(300, 290))
-    panel = Panel(metrics_of(items, SETTINGS), items, RATES)
+    panel = Panel(metrics_of(items, SETTINGS), [(item,) for item in items], RATES)
     known = [i for i in items if not i.agreement]
     for item in [i for i in items if i.agreement][:LOOKED_AT]:
-        assert panel.wants(item)
-        panel.observe(item, lambda m: 0.0)
-    assert not panel.wants([i for i in items if i.agreement][LOOKED_AT])
-    assert panel.wants(known[0])
+        assert panel.wants((item,))
+        panel.observe((item,), lambda metric, place: 0.0)
+    assert not panel.wants(([i for i in items if i.agreement][LOOKED_AT],))
+    assert panel.wants((known[0],))
 
 
 def test_each_item_has_one_metric_that_says_how_good_it_is() -> None:
@@ -252,11 +252,12 @@ def test_false_passes_stay_rare_when_all_must_hold(seed: int) -> None:
     rng = random.Random(seed)
     passes = 0
     for _ in range(130):
-        panel = Panel(metrics, items, RATES)
+        panel = Panel(metrics, [(item,) for item in items], RATES)
         for item in rng.sample(items, len(items)):
             if panel.settled:
                 break
-            panel.observe(item, lambda m, i=item: float(i.key not in lost) if m.basis == "right" else 1.0)
+            right = float(item.key not in lost)
+            panel.observe((item,), lambda m, place, right=right: right if m.basis == "right" else 1.0)
         passes += panel.verdict is Verdict.PASS
     assert passes / 130 <= 0.05 + 3 * (0.05 * 0.95 / 130) ** 0.5
 

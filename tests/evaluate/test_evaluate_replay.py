@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from understudy import config
@@ -22,10 +23,12 @@ from understudy.evaluate.evidence import (
     read_lines,
     write_exchanges,
 )
-from understudy.evaluate.item import Call, Item
+from understudy.evaluate.item import Call, Item, drawn
+from understudy.evaluate.metrics import metrics_of
+from understudy.evaluate.panel import Panel, Rates
 from understudy.evaluate.proof import Proof, weigh
 from understudy.evaluate.replay import Progress, forecast, prove
-from understudy.evaluate.sequential import shuffled
+from understudy.evaluate.sequential import Design, SequentialTest, Unit, Verdict, shuffled
 from understudy.protocol import Answer, Usage
 from understudy.traffic.sample import Exchange
 
@@ -292,6 +295,82 @@ async def test_the_proof_follows_from_the_files_alone(tmp_path: Path) -> None:
     assert weigh(header, items, forged).verdict == "PASS"
     order = shuffled([item.key for item in items], header.seed)
     assert {call.key for call in calls} == set(order[: len(calls)])
+
+
+def conversations(count: int, turns: int) -> list[Exchange]:
+    return [x._replace(task_id=f"talk {i // turns}") for i, x in enumerate(traffic(count))]
+
+
+WHOLE = msgspec.structs.replace(SETTINGS, unit="cluster")
+
+
+async def test_whole_conversations_are_drawn_and_count_as_one(tmp_path: Path) -> None:
+    """The e-values are those of the same draws given to the test by hand, sums over conversations."""
+    sample = conversations(200, 4)
+    proof = await prove(perfect(), sample, WHOLE, evidence=tmp_path)
+    header, calls = read_lines(tmp_path / file_name("local/new"), ProofHeader, Call)
+    items = read_exchanges(tmp_path).records
+    assert (header.unit, proof.unit, proof.verdict, proof.clusters) == ("cluster", "cluster", "PASS", 50)
+    assert weigh(header, items, calls) == proof
+    talks: dict[str, list[Item]] = {}
+    for item in items:
+        talks.setdefault(item.cluster, []).append(item)
+    units = {name: Unit(sum(i.score for i in talk), len(talk)) for name, talk in talks.items()}
+    test = SequentialTest(list(units.values()), Design(0.10))
+    order = shuffled(units, header.seed)
+    for name in order:
+        if test.observe(units[name], 4.0) is not Verdict.UNDECIDED:
+            break
+    assert (proof.calls, proof.e_pass) == (test.calls, test.path[-1].e_pass)
+    assert {call.key for call in calls} >= {i.key for name in order[: test.calls // 4] for i in talks[name]}
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 16])
+async def test_conversations_killed_anywhere_say_the_same(tmp_path: Path, concurrency: int) -> None:
+    """Also in the middle of one, and with fewer calls at once than one has turns."""
+    settings = msgspec.structs.replace(WHOLE, concurrency=concurrency)
+    sample = conversations(60, 5)
+    whole = await prove(perfect(), sample, settings, evidence=tmp_path / "whole")
+    written = (tmp_path / "whole" / file_name("local/new")).read_bytes().splitlines(keepends=True)
+    for kept in range(1, len(written), 3):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        (folder / file_name("local/new")).write_bytes(b"".join(written[:kept]) + b'{"key":"cut')
+        model = perfect()
+        proof = await prove(model, sample, settings, evidence=folder)
+        assert (proof.verdict, proof.calls, proof.e_pass) == (whole.verdict, whole.calls, whole.e_pass)
+        keys = [call.key for call in calls_in(folder, "local/new")]
+        assert len(keys) == len(set(keys)) == kept - 1 + model.calls
+
+
+async def test_a_conversation_that_does_not_fit_into_the_budget_is_not_begun(tmp_path: Path) -> None:
+    sample = conversations(60, 5)
+    model = perfect()
+    proof = await prove(model, sample, msgspec.structs.replace(WHOLE, budget=13), evidence=tmp_path)
+    assert (proof.verdict, proof.calls, proof.paid, model.calls) == ("UNDECIDED", 10, 10, 10)
+    header, calls = read_lines(tmp_path / file_name("local/new"), ProofHeader, Call)
+    assert weigh(header, read_exchanges(tmp_path).records, calls) == proof
+    with pytest.raises(InputError, match="unit cluster there, item here"):
+        await prove(model, sample, SETTINGS, evidence=tmp_path)
+
+
+async def test_whole_conversations_raise_no_false_pass(tmp_path: Path) -> None:
+    """Losses that come in whole conversations, exactly at the margin, each metric and stratum by itself."""
+    sample = [x._replace(tags={}, expected=x.answer) for x in conversations(120, 4)]
+    lost = {f"talk {i}" for i in range(3)}  # 12 of 120 items: ten points
+    talk_of = {x.request["messages"][0]["content"]: x.task_id for x in sample}
+    items = write_exchanges(tmp_path, sample)
+    passes = 0
+    for seed in range(300):
+        order = drawn(items, seed, "cluster")
+        panel = Panel(metrics_of(items, WHOLE), order, Rates(0.05, 0.10, 1))
+        for together in order:
+            if panel.settled:
+                break
+            bad = talk_of[together[0].prompt] in lost
+            panel.observe(together, lambda metric, place, bad=bad: float(not bad))
+        passes += panel.verdict is Verdict.PASS
+    assert passes / 300 <= 0.05 + 3 * (0.05 * 0.95 / 300) ** 0.5
 
 
 def test_no_traffic_is_said(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -125,6 +126,27 @@ def test_a_candidate_is_proven_certified_and_not_paid_for_twice(project: Path) -
 def test_a_budget_ends_it(project: Path) -> None:
     told = json.loads(run(project, "--budget", "5", "--json").stdout)
     assert (told["verdict"], Candidate.asked) == ("UNDECIDED", 5)
+
+
+def test_whole_conversations_from_dry_run_to_verify(project: Path) -> None:
+    """Recorded calls of ten turns each: what is foretold, asked, shown and verified is drawn by tens."""
+    with open_store("sqlite:///understudy.db", project.parent) as store:
+        talks = [msgspec.structs.replace(r, task_id=f"talk {i // 10}") for i in range(160, 420)
+                 for r in recorded(i)[:1] if isinstance(r, Call)]  # fmt: skip
+        store.insert(talks, "segment2", 1)
+    told = json.loads(run(project, "--unit", "cluster", "--dry-run", "--json").stdout)
+    assert (told["unit"], Candidate.asked) == ("cluster", 0)
+    assert told["draws"] < told["items"]
+    assert "whole conversations" in run(project, "--unit", "cluster", "--dry-run").stdout
+    first = run(project, "--unit", "cluster")
+    assert "drawn by whole conversations" in first.stdout
+    certificate = project.parent / "out" / "certificate.json"
+    assert json.loads(certificate.read_bytes())["candidates"][0]["proof"]["unit"] == "cluster"
+    assert "whole conversations, seed" in certificate.with_suffix(".html").read_text()
+    assert CliRunner().invoke(verify, [str(certificate)]).exit_code == 0
+    header = next((project.parent / "out" / "evidence").glob("new-m*.jsonl"))
+    header.write_bytes(header.read_bytes().replace(b'"unit":"cluster"', b'"unit":"item"', 1))
+    assert CliRunner().invoke(verify, [str(certificate)]).exit_code == 1
 
 
 def test_an_alias_without_traffic_is_named(project: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from understudy.cli.options import config_option, json_option, print_json
+from understudy.cli.options import config_option, json_option, plain, print_json, say
 
 if TYPE_CHECKING:
     from understudy.evaluate.certificate import Certificate
@@ -115,9 +115,9 @@ def _list_broken(broken: list[str]) -> None:
     from understudy.evaluate.scores import LISTED
 
     if broken:
-        click.echo(f"left out {len(broken)} broken line(s)", err=True)
+        say(f"left out {len(broken)} broken line(s)", err=True)
     for line in broken[:LISTED]:
-        click.echo(f"  {line}", err=True)
+        say(f"  {line}", err=True)
 
 
 def _print_diversity(table: Table, incumbent: str, as_json: bool) -> None:
@@ -130,12 +130,12 @@ def _print_diversity(table: Table, incumbent: str, as_json: bool) -> None:
     for pair in pairs:
         overlap = "–" if pair.error_overlap is None else f"{pair.error_overlap:.1%}"
         alike = "–" if pair.capa is None else f"{pair.capa:.2f} ({pair.low:.2f} to {pair.high:.2f})"
-        click.echo(
+        say(
             f"{pair.first} and {pair.second}: both wrong on {pair.both_wrong:,} of {pair.items:,}"
             f" (error overlap {overlap}), CAPA {alike}"
         )
         if line := warning(pair):
-            click.echo(f"  {line}")
+            say(f"  {line}")
 
 
 def _print_pairs(
@@ -146,7 +146,7 @@ def _print_pairs(
     from understudy.evaluate.scores import all_pairs
 
     for pair in all_pairs(table, design, seed=seed, repeats=repeats, unit=unit):
-        click.echo(msgspec.json.encode(pair).decode() if as_json else _pair_line(pair))
+        click.echo(msgspec.json.encode(pair).decode() if as_json else plain(_pair_line(pair)))
 
 
 def _pair_line(pair: Repeated) -> str:
@@ -159,27 +159,27 @@ def _pair_line(pair: Repeated) -> str:
 
 def _print_study(result: Study) -> None:
     low, high = result.interval
-    click.echo(f"verdict         {result.verdict}")
-    click.echo(f"calls           {result.calls:,}")
-    click.echo(f"items           {result.items:,}")
-    click.echo(
+    say(f"verdict         {result.verdict}")
+    say(f"calls           {result.calls:,}")
+    say(f"items           {result.items:,}")
+    say(
         f"difference      {points(result.difference)} points,"
         f" {result.level:.0%} interval {points(low)} to {points(high)}"
     )
-    click.echo(f"difference_all  {points(result.difference_all)} points")
-    click.echo(
+    say(f"difference_all  {points(result.difference_all)} points")
+    say(
         f"e-values        pass {_e_value(result.e_pass)} (needs {1 / result.alpha:g}),"
         f" fail {_e_value(result.e_fail)} (needs {1 / result.beta:g})"
     )
     if result.future is not None:
-        click.echo(
+        say(
             f"other items     {points(result.future.low)} to {points(result.future.high)} points"
             f" ({result.future.clusters:,} clusters seen)"
         )
     for line in result.doubts:
-        click.echo(f"doubt           {line}")
+        say(f"doubt           {line}")
     if result.unpaired:
-        click.echo(f"left out        {result.unpaired:,} score(s) of items that only one model has")
+        say(f"left out        {result.unpaired:,} score(s) of items that only one model has")
 
 
 def points(difference: float) -> str:
@@ -212,6 +212,11 @@ def _e_value(value: float | None) -> str:
     show_default=True,
     help="Answers to each of the first 20 questions, the incumbent's too: how much each differs from itself.",
 )
+@click.option(
+    "--unit",
+    type=click.Choice(["item", "cluster"]),
+    help="Draw single calls, or every call of a conversation at once ([evaluate] otherwise).",
+)
 @click.option("--dry-run", is_flag=True, help="Tell calls and tokens first; nothing is called.")
 @click.option("--ray", "address", default="", help="HOST:PORT, auto or local: a Ray cluster asks.")
 @config_option
@@ -223,6 +228,7 @@ def run_(
     budget_usd: float | None,
     out: Path,
     repeats: int,
+    unit: Literal["item", "cluster"] | None,
     dry_run: bool,
     address: str,
     config_path: Path,
@@ -243,6 +249,8 @@ def run_(
     settings = loaded.evaluate if budget is None else msgspec.structs.replace(loaded.evaluate, budget=budget)
     if budget_usd is not None:
         settings = msgspec.structs.replace(settings, budget_usd=budget_usd)
+    if unit is not None:
+        settings = msgspec.structs.replace(settings, unit=unit)
     sample = trial.held_out(loaded, alias)
     if dry_run:
         prices = [trial.price_of(loaded, target) for target in targets]
@@ -263,53 +271,56 @@ def run_(
 def _show_progress(name: str, now: Progress) -> None:
     if now.calls % 10 == 0 or now.verdict != "UNDECIDED":
         e_values = f"pass {now.e_pass:.3g}, fail {now.e_fail:.3g}"
-        click.echo(f"{name}  {now.calls:,} of {now.items:,} calls  {e_values}  {now.verdict}", err=True)
+        say(f"{name}  {now.calls:,} of {now.items:,} calls  {e_values}  {now.verdict}", err=True)
 
 
 def _print_forecast(told: Forecast, as_json: bool) -> None:
     if as_json:
         print_json(told)
         return
-    click.echo(f"held-out items   {told.items:,}")
-    click.echo(f"a PASS needs     {', '.join(told.rests_on)}")
-    click.echo(f"calls at most    {told.most_calls:,}")
-    click.echo(f"calls expected   {told.expected_if_as_good:,.0f} if as good as the incumbent,")
-    click.echo(f"                 {told.expected_if_worse:,.0f} if worse by three margins")
-    click.echo(f"tokens expected  {told.prompt_tokens:,.0f} prompt, {told.completion_tokens:,.0f} completion")
-    click.echo(
-        f"tokens at most   {told.prompt_tokens_most:,} prompt, {told.completion_tokens_most:,} completion"
-    )
+    drawn = f", drawn as {told.draws:,} whole conversations" if told.unit == "cluster" else ""
+    say(f"held-out items   {told.items:,}{drawn}")
+    say(f"a PASS needs     {', '.join(told.rests_on)}")
+    say(f"calls at most    {told.most_calls:,}")
+    say(f"calls expected   {told.expected_if_as_good:,.0f} if as good as the incumbent,")
+    say(f"                 {told.expected_if_worse:,.0f} if worse by three margins")
+    say(f"tokens expected  {told.prompt_tokens:,.0f} prompt, {told.completion_tokens:,.0f} completion")
+    say(f"tokens at most   {told.prompt_tokens_most:,} prompt, {told.completion_tokens_most:,} completion")
     if told.usd is not None and told.usd_most is not None:
-        click.echo(f"money            ${told.usd:,.4g} expected, ${told.usd_most:,.4g} at most per candidate")
+        say(f"money            ${told.usd:,.4g} expected, ${told.usd_most:,.4g} at most per candidate")
     else:
-        click.echo("money            not known: no price of a candidate in the catalog or the overlay")
+        say("money            not known: no price of a candidate in the catalog or the overlay")
     if told.judge_calls_most:
-        click.echo(
+        say(
             f"judge            {told.judge_calls:,.0f} comparisons expected,"
             f" {told.judge_calls_most:,} at most per candidate"
         )
     if told.repeat_calls:
-        click.echo(f"repeats          {told.repeat_calls:,} calls more, the incumbent's among them")
+        say(f"repeats          {told.repeat_calls:,} calls more, the incumbent's among them")
 
 
 def _print_certificate(certificate: Certificate, out: Path) -> None:
     for candidate in certificate.candidates:
         proof = candidate.proof
-        click.echo(
+        say(
             f"{proof.verdict}  {proof.candidate}: {points(proof.difference)} points"
             f" ({points(proof.interval[0])} to {points(proof.interval[1])}),"
-            f" {proof.calls:,} of {proof.items:,} calls, {proof.paid:,} paid"
+            f" {proof.calls:,} of {proof.items:,} calls, {proof.paid:,} paid{_drawn(proof.unit)}"
         )
-        click.echo(f"  {proof.rests_on}")
+        say(f"  {proof.rests_on}")
         for metric in proof.metrics if len(proof.metrics) > 1 else []:
-            click.echo(_metric_line(metric))
+            say(_metric_line(metric))
     for task in certificate.tasks:
-        click.echo(_task_line(task))
+        say(_task_line(task))
     for line in flicker_lines(certificate):
-        click.echo(line)
+        say(line)
     for line in certificate.next:
-        click.echo(f"next: {line}")
-    click.echo(f"certificate: {out / 'certificate.json'} and {out / 'certificate.html'}")
+        say(f"next: {line}")
+    say(f"certificate: {out / 'certificate.json'} and {out / 'certificate.html'}")
+
+
+def _drawn(unit: Literal["item", "cluster"]) -> str:
+    return ", drawn by whole conversations" if unit == "cluster" else ""
 
 
 def _metric_line(metric: MetricResult) -> str:
@@ -400,13 +411,13 @@ def benchmark_(
         print_json(report)
         return
     for one in report.accuracies:
-        click.echo(
+        say(
             f"{one.suite} {one.metric}  {one.model}: {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}"
             f" on {one.items:,} of {one.population:,} items{_few(one.few)}"
         )
     for pair in report.differences:
         span = f"{points(pair.low)} to {points(pair.high)}"
-        click.echo(f"{pair.suite}  difference {points(pair.difference)} points ({span}){_few(pair.few)}")
+        say(f"{pair.suite}  difference {points(pair.difference)} points ({span}){_few(pair.few)}")
 
 
 @evaluate.command("users")
@@ -423,7 +434,7 @@ def users_(alias: str, config_path: Path, as_json: bool) -> None:
         print_json(found)
         return
     for arm in found:
-        click.echo(f"{arm.model}  {arm.tasks:,} tasks")
+        say(f"{arm.model}  {arm.tasks:,} tasks")
         for name, rate in (
             ("asked again", arm.retried),
             ("asked otherwise", arm.rephrased),
@@ -432,10 +443,10 @@ def users_(alias: str, config_path: Path, as_json: bool) -> None:
             ("completed", arm.completed),
         ):
             span = f"{rate.share:6.1%} ({rate.low:.1%} to {rate.high:.1%}) of {rate.of:,}"
-            click.echo(f"  {name:<18} {span if rate.of else 'nobody said'}")
+            say(f"  {name:<18} {span if rate.of else 'nobody said'}")
         if arm.more_frustrated is not None:
             more, low, high = (points(part) for part in arm.more_frustrated)
-            click.echo(f"  frustrated {more} points more than with {found[0].model} ({low} to {high})")
+            say(f"  frustrated {more} points more than with {found[0].model} ({low} to {high})")
 
 
 @evaluate.command("lm-eval")
@@ -484,13 +495,13 @@ def lm_eval_(
     for run in runs:
         for one in run.figures:
             error = "" if one.stderr is None else f" ± {one.stderr:.4f}"
-            click.echo(
+            say(
                 f"{one.task} {one.metric}  {run.model}: {one.value:.4f}{error}"
                 f" on {one.items:,} items{_few(one.few)}"
             )
     for pair in versus_:
         span = f"{pair.low:+.4f} to {pair.high:+.4f}"
-        click.echo(f"{pair.task} {pair.metric}  difference {pair.difference:+.4f} ({span}){_few(pair.few)}")
+        say(f"{pair.task} {pair.metric}  difference {pair.difference:+.4f} ({span}){_few(pair.few)}")
 
 
 def _few(few: bool) -> str:
@@ -520,4 +531,4 @@ def verify(context: click.Context, certificate: Path, as_json: bool) -> None:
     if as_json:
         print_json({"ok": True, "certificate": certificate, "sha256": digest, "differences": []})
     else:
-        click.echo(f"{certificate}: every number follows from its evidence\nsha256 {digest}")
+        say(f"{certificate}: every number follows from its evidence\nsha256 {digest}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.options import json_option, print_json
+from understudy.cli.options import json_option, print_json, say
 
 if TYPE_CHECKING:
     from understudy.evaluate.label import Labelling
@@ -71,9 +71,8 @@ def _in_terminal(labelling: Labelling, most: int, *, err: bool) -> int:
     for shown in labelling.open_pairs():
         if done == most:
             break
-        click.echo(
-            f"\n[{done + 1}] {_plain(shown.prompt)}\n\n--- 1 ---\n{_plain(shown.first)}\n\n--- 2 ---\n"
-            f"{_plain(shown.second)}\n",
+        say(
+            f"\n[{done + 1}] {shown.prompt}\n\n--- 1 ---\n{shown.first}\n\n--- 2 ---\n{shown.second}\n",
             err=err,
         )
         key = _key(err=err)
@@ -83,11 +82,6 @@ def _in_terminal(labelling: Labelling, most: int, *, err: bool) -> int:
             labelling.save(shown, KEYS[key])
             done += 1
     return done
-
-
-def _plain(text: str) -> str:
-    """Without control characters: recorded text must not drive the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
 def _key(*, err: bool) -> str:

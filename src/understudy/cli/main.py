@@ -11,6 +11,7 @@ from typing import cast
 
 import click
 
+from understudy.cli.options import say
 from understudy.errors import UnderstudyError
 
 # command -> (file under understudy.cli, one line of help); the attribute has the command's name
@@ -71,7 +72,7 @@ def run() -> None:
         error.show()
         sys.exit(2)
     except UnderstudyError as error:
-        click.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("\ninterrupted; run the same command again to go on", err=True)

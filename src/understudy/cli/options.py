@@ -1,4 +1,4 @@
-"""Options that several commands share, and the one way commands print JSON."""
+"""Options that several commands share, and the one way each that commands print JSON and words of others."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def config_option(command: F) -> F:
 def json_option(command: F) -> F:
     """``--json`` as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command)
+
+
+def plain(text: str) -> str:
+    """Without control characters: what a model, a server or a file says must not drive the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print a text that may hold words of others."""
+    click.echo(plain(text), err=err)
 
 
 def print_json(value: object) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from understudy.evaluate.grade import Reply
-from understudy.evaluate.item import Call
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.metrics import EVEN, Metric
 from understudy.evaluate.sequential import Verdict
 from understudy.evaluate.walk import Pair, Walk
@@ -24,6 +24,8 @@ SILENT_JUDGE = 0.10
 """Share of pairs without a judge's verdict from which its word carries no PASS and no FAIL."""
 ALWAYS_EVEN = 20
 """Pairs of unlike answers, all called even, from which a judge counts as one that tells nothing apart."""
+CERTAIN = 1e-6
+"""Slack for sums of floats where something is called known before all is added up."""
 EMPTY = Call(key="", reply=Reply(), score=0.0)
 
 
@@ -77,27 +79,40 @@ def _blind(
             return ""
         return f"The judge called all {len(said)} pairs of unlike answers even: it tells nothing apart."
     pairs = [p for p in walk.pairs if metric.scores(p.item)]
-    own = _mean([walk.panel.own[metric.name][p.item.key] for p in pairs])
-    empty = _empty(metric, pairs)
-    if own - empty > metric.margin:
+    scores = [walk.panel.own[metric.name][p.item.key] for p in pairs]
+    if _tells(metric, pairs, scores):
         return ""
+    empty = _mean([_empty(metric, p.item) for p in pairs])
     return (
-        f"“{metric.name}” tells nothing apart here: the incumbent scores {own:.1%} on it and an empty answer"
-        f" to every question {empty:.1%}, within the margin of {100 * metric.margin:g} points. Any answers"
-        " would have passed; look at the expected answers and the grader."
+        f"“{metric.name}” tells nothing apart here: the incumbent scores {_mean(scores):.1%} on it and an"
+        f" empty answer to every question {empty:.1%}, within the margin of {100 * metric.margin:g} points."
+        " Any answers would have passed; look at the expected answers and the grader."
     )
 
 
 def is_blind(metric: Metric, pairs: Sequence[Pair]) -> bool:
     """Whether empty answers to all of these, by their primary metric, would not be worse by the margin."""
-    if metric.basis == "judge":
-        return False
-    return _mean([p.incumbent for p in pairs]) - _empty(metric, pairs) <= metric.margin
+    return metric.basis != "judge" and not _tells(metric, pairs, [p.incumbent for p in pairs])
 
 
-def _empty(metric: Metric, pairs: Sequence[Pair]) -> float:
-    """Mean score of an empty answer to every question."""
-    return _mean([metric.candidate(p.item, EMPTY, None) for p in pairs])
+def _tells(metric: Metric, pairs: Sequence[Pair], own: Sequence[float]) -> bool:
+    """Whether empty answers to all of these would be worse than ``own`` by more than the margin.
+
+    Grades no more of them than it must: once full marks for all that are left would not save them, it
+    is known.
+    """
+    room, empty = math.fsum(own) - metric.margin * len(pairs), [0.0]
+    for left, pair in zip(range(len(pairs), 0, -1), pairs, strict=True):
+        if left < room - CERTAIN:
+            return True
+        empty.append(_empty(metric, pair.item))
+        room -= empty[-1]
+    return _mean(own) - math.fsum(empty) / max(len(pairs), 1) > metric.margin
+
+
+def _empty(metric: Metric, item: Item) -> float:
+    """Score of an empty answer."""
+    return metric.candidate(item, EMPTY, None)
 
 
 def blind_scores(incumbent: Sequence[float], margin: float) -> str:

@@ -7,6 +7,7 @@ cut off is dropped. It ignores what the lines prove (proof).
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -23,6 +24,7 @@ from understudy.evaluate.grade import grade, reply_of, standard, wants_json
 from understudy.evaluate.item import Item
 from understudy.evaluate.metrics import Metric
 from understudy.evaluate.panel import Rates
+from understudy.evaluate.sequential import Draws
 from understudy.protocol import Json, text_of
 from understudy.traffic.sample import Exchange
 
@@ -59,6 +61,8 @@ class ProofHeader(msgspec.Struct, frozen=True, kw_only=True, tag="proof", tag_fi
     """Most calls; 0: all items."""
     exchanges_sha256: str
     """Of `exchanges.jsonl`: the question this file answers."""
+    unit: Draws = "item"
+    """What is drawn at once."""
 
     @property
     def rates(self) -> Rates:
@@ -114,15 +118,19 @@ def _decode(path: Path, number: int, line: bytes, kind: type[R]) -> R:
         raise EvidenceError(str(path), [f"{path.name} line {number}: {error}"]) from error
 
 
+_ENCODER = msgspec.json.Encoder()
+
+
 def encode_line(value: msgspec.Struct) -> bytes:
-    return msgspec.json.encode(value) + b"\n"
+    return _ENCODER.encode(value) + b"\n"
 
 
 class Journal:
     """An evidence file open for appending.
 
-    Each line is with the operating system before the call counts as made, so killing the process loses none;
-    it is on disk within SYNC_S seconds.
+    The lines of one turn of the event loop are written together at its end, so killing the process loses what
+    came within some milliseconds, as it loses what is still in its sockets; without a loop each is written at
+    once. They are on disk within SYNC_S seconds.
     """
 
     def __init__(self, path: Path, header: msgspec.Struct) -> None:
@@ -131,17 +139,43 @@ class Journal:
         if not fresh:
             _drop_cut_line(path)
         self._synced = 0.0
+        self._due = False
+        """A write at the end of this turn of the loop is arranged."""
+        self._fault: OSError | None = None
         self._file: BufferedWriter = path.open("wb" if fresh else "ab")
         if fresh:
-            self.append(header)
+            self._file.write(encode_line(header))
+            self._sync()
 
     def append(self, value: msgspec.Struct) -> None:
+        """Add a line. Raises OSError, also for a line before that could not be written."""
+        if self._fault is not None:
+            raise self._fault
         self._file.write(encode_line(value))
+        if self._due:
+            return
+        try:
+            asyncio.get_running_loop().call_soon(self._turned)
+        except RuntimeError:  # no loop
+            self._write()
+        else:
+            self._due = True
+
+    def _turned(self) -> None:
+        self._due = False
+        try:
+            if not self._file.closed:
+                self._write()
+        except OSError as error:
+            self._fault = error  # a callback has nobody to raise it to: the next append does
+
+    def _write(self) -> None:
         self._file.flush()
         if time.monotonic() - self._synced > SYNC_S:
             self._sync()
 
     def _sync(self) -> None:
+        self._file.flush()
         os.fdatasync(self._file.fileno())
         self._synced = time.monotonic()
 
@@ -149,8 +183,10 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._sync()
-        self._file.close()
+        try:
+            self._sync()
+        finally:
+            self._file.close()
 
 
 def _drop_cut_line(path: Path) -> None:

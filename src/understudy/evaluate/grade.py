@@ -42,7 +42,7 @@ GraderName = Literal[
 ]
 
 
-class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
+class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One function call a model asked for."""
 
     name: str
@@ -50,7 +50,7 @@ class ToolCall(msgspec.Struct, frozen=True, omit_defaults=True):
     """JSON, as the model wrote it."""
 
 
-class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+class Reply(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What is graded of an answer."""
 
     text: str = ""
@@ -123,7 +123,8 @@ def grade(grader: GraderName, reply: Reply, expected: str) -> float:
     try:
         if grader in ("json", "schema", "tool_calls", "code"):
             return function(reply, expected)
-        return max(function(reply, one) for one in alternatives(expected))
+        several = alternatives(expected)
+        return function(reply, several[0]) if len(several) == 1 else max(function(reply, x) for x in several)
     except RecursionError:
         return 0.0
 

@@ -136,4 +136,4 @@ def _added(name: str, more: config.Metric, margin: float) -> Metric:
 def primary(metrics: Iterable[Metric], item: Item) -> Metric:
     """The metric by which an item's answer is good or not: right answer, else judge, else likeness."""
     scoring = [m for m in metrics if m.basis in PRIMARY and not m.grader and m.scores(item)]
-    return min(scoring, key=lambda m: PRIMARY.index(m.basis))
+    return scoring[0] if len(scoring) == 1 else min(scoring, key=lambda m: PRIMARY.index(m.basis))

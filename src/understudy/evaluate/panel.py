@@ -9,17 +9,19 @@ Source: Berger 1982, "Multiparameter hypothesis testing and acceptance sampling"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from understudy.evaluate.item import Item
+from understudy.evaluate.item import Drawn, Item
 from understudy.evaluate.metrics import Metric
 from understudy.evaluate.sequential import Design, SequentialTest, Unit, Verdict
 
 LOOKED_AT = 50
 """Items asked although no open metric scores them: enough to see errors, refusals and broken tool calls."""
 
-Score = Callable[[Metric], float]
+Score = Callable[[Metric, int], float]
+"""A candidate's score by a metric of the item at a place of what was drawn."""
 
 
 class Rates(NamedTuple):
@@ -31,11 +33,16 @@ class Rates(NamedTuple):
 
 
 class Panel:
-    """The tests of one candidate, fed item by item in the committed order."""
+    """The tests of one candidate, fed draw by draw in the committed order.
+
+    ``order`` is all there is to draw. What is drawn at once is asked whole and counts at once: a metric tests
+    the sum over those of its items that it scores.
+    """
 
     def __init__(
-        self, metrics: Sequence[Metric], items: Sequence[Item], rates: Rates, *, graded: bool = False
+        self, metrics: Sequence[Metric], order: Sequence[Drawn], rates: Rates, *, graded: bool = False
     ) -> None:
+        items = [item for together in order for item in together]
         self.metrics = [m for m in metrics if any(m.scores(item) for item in items)]
         self.required = [m for m in self.metrics if m.required]
         self.own = {
@@ -45,21 +52,28 @@ class Panel:
         beta = rates.beta / max(sum(m.can_fail for m in self.required), 1)
         self.tests = {
             m.name: SequentialTest(
-                [Unit(score) for score in self.own[m.name].values()],
+                [unit for together in order if (unit := _unit(self.own[m.name], together)).items],
                 Design(m.margin, rates.alpha, beta, rates.candidates, m.good),
             )
             for m in self.metrics
         }
+        self._open = [self.own[m.name] for m in self.required]
+        """What the required metrics score whose tests have not decided."""
         self._idle = 0
+        """Items asked although no open metric scores them."""
         self.settled = False
         """No further answer can change the verdict: it has come, or every required test has said its word."""
 
-    def wants(self, item: Item) -> bool:
-        """Whether the item's answer can still tell something; once no, always no."""
-        return not self.settled and (self._idle < LOOKED_AT or self._open_on(item))
+    def wants(self, together: Drawn) -> bool:
+        """Whether the answers to a draw can still tell something; once no, always no."""
+        return not self.settled and (self._idle < LOOKED_AT or self._open_on(together))
 
-    def _open_on(self, item: Item) -> bool:
-        return any(m.scores(item) and not self.tests[m.name].decided for m in self.required)
+    def _open_on(self, together: Drawn) -> bool:
+        for own in self._open:
+            for item in together:
+                if item.key in own:
+                    return True
+        return False
 
     def wants_judgement(self, item: Item) -> bool:
         """Whether a judge has still to compare the answers to this item."""
@@ -68,16 +82,22 @@ class Panel:
     def _decided(self, metric: Metric) -> bool:
         return self.tests[metric.name].decided
 
-    def observe(self, item: Item, candidate: Score) -> None:
-        """Take the answer to the next item; ``candidate`` gives its score by a metric."""
-        self._idle += not self._open_on(item)
+    def observe(self, together: Drawn, candidate: Score) -> None:
+        """Take the answers to the next draw."""
+        if not self._open_on(together):
+            self._idle += len(together)
+        turned = not self.required
         for metric in self.metrics:
+            own, test = self.own[metric.name], self.tests[metric.name]
+            places = [place for place, item in enumerate(together) if item.key in own]
+            before = test.decided
             # a judge is no longer asked once its test has decided
-            own = self.own[metric.name].get(item.key)
-            if own is not None and not (metric.basis == "judge" and self._decided(metric)):
-                self.tests[metric.name].observe(Unit(own), candidate(metric))
-        spoken = all(self._decided(m) for m in self.required)
-        self.settled = spoken or self.verdict is not Verdict.UNDECIDED
+            if places and not (before and metric.basis == "judge"):
+                test.observe(_unit(own, together), math.fsum(candidate(metric, place) for place in places))
+                turned = turned or test.decided != before
+        if turned:
+            self._open = [self.own[m.name] for m in self.required if not self._decided(m)]
+            self.settled = not self._open or self.verdict is not Verdict.UNDECIDED
 
     def verdict_of(self, metric: Metric) -> Verdict:
         """A metric's own verdict: unlike the incumbent is not yet worse than it."""
@@ -99,3 +119,12 @@ class Panel:
         failed = [m for m in self.required if self.verdict_of(m) is Verdict.FAIL]
         open_ = [m for m in self.required if self.verdict_of(m) is Verdict.UNDECIDED]
         return (failed or open_ or self.required or self.metrics)[0]
+
+
+def _unit(own: Mapping[str, float], together: Drawn) -> Unit:
+    """The part of a draw that a metric scores; of no items where it scores none."""
+    if len(together) == 1:
+        score = own.get(together[0].key)
+        return Unit(0.0, 0) if score is None else Unit(score)
+    scores = [own[item.key] for item in together if item.key in own]
+    return Unit(math.fsum(scores), len(scores))

@@ -16,11 +16,11 @@ import msgspec
 from understudy.evaluate.doubt import Preference, doubts, is_blind
 from understudy.evaluate.evidence import ProofHeader
 from understudy.evaluate.grade import calls_exist, grade, is_json, refuses
-from understudy.evaluate.item import Call, Item
+from understudy.evaluate.item import Call, Item, cluster_of, drawn, unit_of
 from understudy.evaluate.metrics import RESTS_ON, Basis, Metric, primary
 from understudy.evaluate.panel import Panel
 from understudy.evaluate.scores import Generalisation, finite, generalise
-from understudy.evaluate.sequential import Design, Outcome, Point, SequentialTest, Unit, Verdict, shuffled
+from understudy.evaluate.sequential import Design, Draws, Outcome, Point, SequentialTest, Unit, Verdict
 from understudy.evaluate.walk import Pair, Walk
 
 PATH_POINTS = 200
@@ -128,7 +128,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     """Calls whose score is at least SUCCESS; none where no right answer is known."""
 
 
-class Proof(msgspec.Struct, frozen=True, kw_only=True):
+class Proof(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Everything one candidate's evidence says. Effect, interval, e-values and path are those of the metric
     that stands for the verdict."""
 
@@ -175,6 +175,8 @@ class Proof(msgspec.Struct, frozen=True, kw_only=True):
     """Items on which the scores differ, those not shown included."""
     incumbent_tokens: Tokens
     candidate_tokens: Tokens
+    unit: Draws = "item"
+    """What was drawn at once; a cluster counts when the last of its answers is there."""
 
 
 def weigh(
@@ -236,9 +238,9 @@ def told(
         candidate_mean=_mean(b for _, b in scores),
         incumbent_mean_all=_mean(panel.own[leading.name].values()),
         agreement=sum(item.agreement for item in items) / len(items),
-        clusters=len({item.cluster or item.key for item in items}),
+        clusters=len({cluster_of(item) for item in items}),
         future=generalise(
-            [(p.item.cluster or p.item.key, b - a) for p, (a, b) in zip(own, scores, strict=True)],
+            [(cluster_of(p.item), b - a) for p, (a, b) in zip(own, scores, strict=True)],
             outcome.interval,
         ),
         strata=_strata(header, panel, items, pairs),
@@ -247,6 +249,7 @@ def told(
         differing=sum(p.incumbent != p.candidate for p in pairs),
         incumbent_tokens=_incumbent_tokens(pairs),
         candidate_tokens=_candidate_tokens(pairs),
+        unit=header.unit,
     )
 
 
@@ -263,18 +266,27 @@ def _walked(
 ) -> Walk:
     """Feed the tests in the committed order until they are settled, the budget ends or an answer is
     missing."""
-    walk = Walk(header.metrics, list(items.values()), header.rates)
-    for key in shuffled(items, header.seed):
-        if walk.panel.settled or (header.budget and len(walk.pairs) == header.budget):
+    order = drawn(items.values(), header.seed, header.unit)
+    walk = Walk(header.metrics, order, header.rates)
+    for together in order:
+        if walk.panel.settled:
             break
-        item = items[key]
-        if not walk.panel.wants(item):
+        if not walk.panel.wants(together):
             continue
-        call = answered.get(key)
-        if call is None or walk.awaits_judge(item, call, preferences):
+        if header.budget and len(walk.pairs) + len(together) > header.budget:
             break
-        walk.take(item, call, preferences.get(key))
+        if not all(_counts(walk, item, answered, preferences) for item in together):
+            break
+        walk.take(together, answered, preferences)
     return walk
+
+
+def _counts(
+    walk: Walk, item: Item, answered: Mapping[str, Call], preferences: Mapping[str, float | None]
+) -> bool:
+    """Whether all is there that an item needs to be counted."""
+    call = answered.get(item.key)
+    return call is not None and not walk.awaits_judge(item, call, preferences)
 
 
 def _rests_on(panel: Panel, items: Sequence[Item]) -> str:
@@ -349,12 +361,18 @@ def _stratum(
     header: ProofHeader, panel: Panel, task: tuple[str, str], items: Sequence[Item], pairs: Sequence[Pair]
 ) -> Stratum:
     metric = next(m for m in panel.metrics if m.name == task[1])
+    units: dict[str, list[float]] = defaultdict(list)
+    for item in items:
+        units[unit_of(item, header.unit)].append(panel.own[metric.name][item.key])
     test = SequentialTest(
-        [Unit(panel.own[metric.name][item.key]) for item in items],
+        [_unit(scores) for scores in units.values()],
         Design(metric.margin, header.alpha, header.beta, header.candidates, metric.good),
     )
+    answers: dict[str, list[float]] = defaultdict(list)
     for pair in pairs:
-        test.observe(Unit(pair.incumbent), pair.candidate)
+        answers[unit_of(pair.item, header.unit)].append(pair.candidate)
+    for name, scores in answers.items():
+        test.observe(_unit(units[name]), math.fsum(scores))
     outcome = test.outcome()
     passes = outcome.verdict is Verdict.PASS
     stands = not is_blind(metric, pairs) if passes else metric.can_fail
@@ -369,6 +387,10 @@ def _stratum(
         interval=(outcome.interval.low, outcome.interval.high),
         verdict=outcome.verdict if stands else Verdict.UNDECIDED,
     )
+
+
+def _unit(scores: Sequence[float]) -> Unit:
+    return Unit(math.fsum(scores), len(scores))
 
 
 def _guards(pairs: Sequence[Pair]) -> list[Guard]:

@@ -1,6 +1,7 @@
 """Ask a candidate the recorded questions until the evidence suffices.
 
-The order is committed in the evidence file's header before the first call. Calls run side by side but count
+The order is committed in the evidence file's header before the first call: of single items, or of whole
+conversations, each of which counts when its last answer is there. Calls run side by side but count
 in that order, so what answers fast gains no weight; calls still in flight at the verdict are finished,
 recorded and counted as paid. Where nobody knows what is right a judge, if there is one, compares both answers
 before the item counts. An item already in the evidence is never called again, nor judged again. It ignores
@@ -35,12 +36,12 @@ from understudy.evaluate.evidence import (
     write_exchanges,
 )
 from understudy.evaluate.grade import Reply, grade, reply_of
-from understudy.evaluate.item import Call, Item
+from understudy.evaluate.item import Call, Drawn, Item, drawn
 from understudy.evaluate.judge import Judgement, Umpire, header_of
 from understudy.evaluate.metrics import EVEN, Metric, metrics_of
-from understudy.evaluate.panel import Panel, Rates
+from understudy.evaluate.panel import Panel, Rates, Score
 from understudy.evaluate.proof import Proof, score_of, told
-from understudy.evaluate.sequential import Verdict, shuffled
+from understudy.evaluate.sequential import Draws, Verdict
 from understudy.evaluate.thrift import CACHED, Price, Purse
 from understudy.evaluate.walk import Walk
 from understudy.evaluate.workers import side_by_side
@@ -174,6 +175,7 @@ def _header(
         metrics=metrics_of(items, settings),
         budget=settings.budget,
         exchanges_sha256=sha256_of(evidence / EXCHANGES),
+        unit=settings.unit,
     )
 
 
@@ -231,9 +233,11 @@ class _Replay:
         self._candidate = candidate
         self._items = {item.key: item for item in items}
         self._requests = {exchange.key: exchange.request for exchange in exchanges}
-        self._order = shuffled(self._items, header.seed)
+        order = drawn(items, header.seed, header.unit)
+        self._order = [(item.key, together) for together in order for item in together]
+        """Every item with what it is drawn with."""
         self._budget = header.budget or len(items)
-        self.walk = Walk(header.metrics, items, header.rates, graded=True)
+        self.walk = Walk(header.metrics, order, header.rates, graded=True)
         self._panel = self.walk.panel
         self._umpire = umpire
         self._next = 0
@@ -241,8 +245,10 @@ class _Replay:
         self._asked = 0
         """Items taken."""
         self._place = 0
-        """Place in the order of the next item to count."""
+        """Place in the order of the next item to count: the first of its draw."""
         self._counted = 0
+        self._full = False
+        """The next draw does not fit into the budget."""
         self._pending: set[str] = set()
         """Taken and not yet counted."""
         self._ahead = 1
@@ -252,6 +258,8 @@ class _Replay:
         than the calls."""
         self._broke = False
         """The money does not reach for another call."""
+        self._spent = False
+        """Nor do the calls for another draw."""
         self._silent: list[Call] = []
         self._progress = progress
 
@@ -259,14 +267,16 @@ class _Replay:
         """Call until decided; calls in flight at that moment are finished and kept."""
         self._count()
         self._next, self._asked = self._place, self._counted
-        self._ahead = max(1, concurrency)
-        await side_by_side(lambda: self._work(journal), self._ahead)
+        # a draw counts when it is whole, so all of it must be allowed ahead of the count
+        longest = max(len(together) for _, together in self._order)
+        self._ahead = max(1, concurrency, longest)
+        await side_by_side(lambda: self._work(journal), concurrency)
         self._flush(journal)
         self._count()
 
     @property
     def _over(self) -> bool:
-        return self._panel.settled or self._counted == self._budget or self._place == len(self._order)
+        return self._panel.settled or self._full or self._place == len(self._order)
 
     async def _work(self, journal: Journal) -> None:
         while (key := await self._take()) is not None:
@@ -280,11 +290,14 @@ class _Replay:
         """The next key with something to ask; waits while the count lags, so little is paid beyond the
         verdict."""
         while not self._exhausted:
-            key = self._order[self._next]
+            key, together = self._order[self._next]
             if self._room <= 0:
                 await self._woken()
-            elif not self._panel.wants(self._items[key]):
+            elif not self._panel.wants(together):
                 self._next += 1
+            elif key == together[0].key and self._asked + len(together) > self._budget:
+                self._spent = True
+                self._wake()
             elif self._ready(key):
                 self._next, self._asked = self._next + 1, self._asked + 1
             elif not self._affordable(key):
@@ -308,7 +321,7 @@ class _Replay:
     @property
     def _exhausted(self) -> bool:
         """Nothing is left to take."""
-        return self._over or self._broke or self._next == len(self._order) or self._asked == self._budget
+        return self._over or self._broke or self._spent or self._next == len(self._order)
 
     @property
     def _room(self) -> int:
@@ -392,20 +405,22 @@ class _Replay:
     def _count(self) -> None:
         """Count what is there in the committed order, up to the first gap."""
         while not self._over:
-            key = self._order[self._place]
-            item = self._items[key]
-            wanted = self._panel.wants(item)
-            if wanted and not self._ready(key):
+            together = self._order[self._place][1]
+            wanted = self._panel.wants(together)
+            if wanted and self._counted + len(together) > self._budget:
+                self._full = True
                 break
-            self._place += 1
-            self._pending.discard(key)
+            if wanted and not all(self._ready(item.key) for item in together):
+                break
+            self._place += len(together)
+            self._pending.difference_update([item.key for item in together])
             if wanted:
-                self._observe(item, self.calls[key])
+                self._observe(together)
         self._wake()
 
-    def _observe(self, item: Item, call: Call) -> None:
-        self.walk.take(item, call, self.preferences.get(item.key))
-        self._counted += 1
+    def _observe(self, together: Drawn) -> None:
+        self.walk.take(together, self.calls, self.preferences)
+        self._counted += len(together)
         if self._progress is not None:
             now = self._panel.tests[self._panel.leading.name].path[-1:]
             e_pass, e_fail = (now[0].e_pass, now[0].e_fail) if now else (1.0, 1.0)
@@ -444,6 +459,10 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     completion_tokens: float
     prompt_tokens_most: int
     completion_tokens_most: int
+    unit: Draws = "item"
+    """What is drawn at once."""
+    draws: int = 0
+    """Of these there are so many."""
     repeat_calls: int = 0
     """Calls that repeats would add at most, over candidates and incumbent."""
     judge_calls: float = 0.0
@@ -468,8 +487,9 @@ def forecast(
     most = min(settings.budget or len(items), len(items))
     metrics = metrics_of(items, settings)
     rates = Rates(settings.alpha, settings.beta, candidates)
-    good = _imagined(items, metrics, rates, most, worse=0.0, runs=runs)
-    bad = _imagined(items, metrics, rates, most, worse=3 * settings.margin, runs=runs)
+    order = drawn(items, settings.seed, settings.unit)
+    good = _imagined(order, metrics, rates, most, worse=0.0, runs=runs)
+    bad = _imagined(order, metrics, rates, most, worse=3 * settings.margin, runs=runs)
     usages = [item.usage for item in items if item.usage is not None]
     prompt = sum(u.prompt_tokens for u in usages) / max(len(usages), 1)
     completion = sum(u.completion_tokens for u in usages) / max(len(usages), 1)
@@ -486,6 +506,8 @@ def forecast(
         completion_tokens_most=round(completion * most),
         usd=_dearest(prices, usages, good),
         usd_most=_dearest(prices, usages, most),
+        unit=settings.unit,
+        draws=len(order),
         repeat_calls=(repeats - 1) * min(REPEATED_ITEMS, len(items)) * (candidates + 1),
         judge_calls=good * judged / len(items),
         judge_calls_most=min(judged, most),
@@ -522,22 +544,32 @@ class _Imagined(NamedTuple):
 
 
 def _imagined(
-    items: Sequence[Item], metrics: Sequence[Metric], rates: Rates, most: int, *, worse: float, runs: int
+    order: Sequence[Drawn], metrics: Sequence[Metric], rates: Rates, most: int, *, worse: float, runs: int
 ) -> float:
     """Mean calls to a candidate that loses what it had on a share ``worse`` of the items."""
+    items = [item for together in order for item in together]
     total = 0
     for run in range(runs):
         rng = random.Random(run)  # noqa: S311  (a simulation)
-        panel = Panel(metrics, items, rates)
+        panel = Panel(metrics, order, rates)
         put = 0
-        for item in rng.sample(items, len(items)):
-            if panel.settled or put == most:
+        for together in rng.sample(order, len(order)):
+            if panel.settled:
                 break
-            if panel.wants(item):
-                put += 1
-                other = rng.choice(items) if rng.random() < DISAGREES else item
-                panel.observe(
-                    item, _Imagined(item, other, rng.random() < worse, rng.choice((0.0, 1.0))).score
-                )
+            if not panel.wants(together):
+                continue
+            if put + len(together) > most:
+                break
+            put += len(together)
+            panel.observe(together, _imagine(together, items, worse, rng))
         total += put
     return total / runs
+
+
+def _imagine(together: Drawn, items: Sequence[Item], worse: float, rng: random.Random) -> Score:
+    """An imagined candidate's scores of one draw."""
+    imagined: list[_Imagined] = []
+    for item in together:
+        other = rng.choice(items) if rng.random() < DISAGREES else item
+        imagined.append(_Imagined(item, other, rng.random() < worse, rng.choice((0.0, 1.0))))
+    return lambda metric, place: imagined[place].score(metric)

@@ -9,7 +9,7 @@ Source: JSON Schema 2020-12, json-schema.org/draft/2020-12 (validation and appli
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, cast
 
 from understudy.errors import InputError
@@ -144,7 +144,19 @@ def _unique(at: _At, wanted: Any, value: object) -> bool:
     if not wanted or not isinstance(value, list):
         return True
     held = cast(list[object], value)
-    return not any(equal(a, b) for i, a in enumerate(held) for b in held[:i])
+    try:
+        return len({_identity(one) for one in held}) == len(held)
+    except RecursionError:  # too deep to be walked to its end, but perhaps not to its first difference
+        return not any(equal(a, b) for i, a in enumerate(held) for b in held[:i])
+
+
+def _identity(value: object) -> Hashable:
+    """What two values have in common exactly when they are `equal`."""
+    if isinstance(value, list):
+        return ("list", *[_identity(one) for one in cast(list[object], value)])
+    if isinstance(value, dict):
+        return ("dict", frozenset((name, _identity(one)) for name, one in cast(Json, value).items()))
+    return (bool, value) if isinstance(value, bool) else cast(Hashable, value)
 
 
 def _multiple(at: _At, wanted: Any, value: object) -> bool:

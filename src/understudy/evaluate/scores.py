@@ -18,15 +18,23 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from understudy.errors import InputError
 from understudy.evaluate.doubt import blind_scores
-from understudy.evaluate.sequential import Design, Interval, Outcome, SequentialTest, Unit, Verdict, shuffled
+from understudy.evaluate.sequential import (
+    Design,
+    Draws,
+    Interval,
+    Outcome,
+    SequentialTest,
+    Unit,
+    Verdict,
+    shuffled,
+)
 
-Draws = Literal["item", "cluster"]
 LISTED = 10
 """Broken lines listed by name; the rest are counted."""
 
