@@ -76,6 +76,9 @@ base_url = "http://127.0.0.1:{serve}/v1"
 [endpoints.local]
 base_url = "http://127.0.0.1:{serve}/v1"
 
+[endpoints.court]
+base_url = "http://127.0.0.1:{serve}/v1"
+
 [aliases.assistant]
 model = "vendor/lead"
 
@@ -89,6 +92,7 @@ context = 512
 
 [serve.models]
 lead = "teacher.gguf"
+magistrate = "teacher.gguf"
 student = "run/student-f16.gguf"
 
 [own]
@@ -99,6 +103,7 @@ distil_tokens = 12000
 
 [evaluate]
 margin = 0.2
+judge = "court/magistrate"
 benchmarks = ["hellaswag"]
 benchmark_folder = "benchmarks"
 

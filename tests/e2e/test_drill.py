@@ -115,6 +115,28 @@ def test_verify_holds_and_one_changed_digit_fails(folder: Path, tmp_path: Path) 
     assert evidence.name in forged.stdout + forged.stderr
 
 
+def test_the_judge_and_the_users_are_part_of_the_evidence(folder: Path) -> None:
+    """A judge that says nothing sensible: each of its words is kept, and no verdict rests on them."""
+    evidence = folder / "run" / "evidence"
+    certificate = json.loads((folder / "run" / "certificate.json").read_text())
+    files = {entry["file"] for entry in certificate["evidence"]}
+    judged = next(evidence.glob("judged-local-student*.jsonl"))
+    assert {"evidence/users.jsonl", f"evidence/{judged.name}"} <= files
+    asked = {json.loads(line)["key"] for line in judged.read_text().splitlines()[1:]}
+    unknown = {
+        item["key"]
+        for line in (evidence / "exchanges.jsonl").read_text().splitlines()[1:]
+        if (item := json.loads(line)).get("agreement")
+    }
+    assert asked
+    assert asked <= unknown
+    marks = [json.loads(line) for line in (evidence / "users.jsonl").read_text().splitlines()]
+    assert len(marks) >= 80
+    users = certificate["users"]
+    assert users[0]["model"] == "vendor/lead"
+    assert users[0]["tasks"] == 80
+
+
 def test_the_page_needs_nothing_from_outside(folder: Path) -> None:
     page = (folder / "run" / "certificate.html").read_text()
     assert "<svg" in page

@@ -354,6 +354,18 @@ async def test_a_conversation_that_does_not_fit_into_the_budget_is_not_begun(tmp
         await prove(model, sample, SETTINGS, evidence=tmp_path)
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+async def test_money_that_ends_within_a_conversation_ends_the_run(tmp_path: Path, concurrency: int) -> None:
+    """What was paid of it is kept, and not counted; nobody waits for the rest of it."""
+    settings = msgspec.structs.replace(WHOLE, budget_usd=0.135, concurrency=concurrency)
+    for _ in range(2):  # gone on with, it pays for nothing more
+        async with asyncio.timeout(20):
+            proof = await prove(
+                perfect(), conversations(60, 5), settings, evidence=tmp_path, price=lambda usage: 0.01
+            )
+        assert (proof.verdict, proof.calls, proof.paid) == ("UNDECIDED", 10, 13)
+
+
 async def test_whole_conversations_raise_no_false_pass(tmp_path: Path) -> None:
     """Losses that come in whole conversations, exactly at the margin, each metric and stratum by itself."""
     sample = [x._replace(tags={}, expected=x.answer) for x in conversations(120, 4)]

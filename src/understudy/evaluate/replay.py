@@ -251,6 +251,8 @@ class _Replay:
         """The next draw does not fit into the budget."""
         self._pending: set[str] = set()
         """Taken and not yet counted."""
+        self._working = 0
+        """Items that a worker is at: only these can still bring money back or let the count go on."""
         self._ahead = 1
         """Most items taken and not yet counted."""
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -284,6 +286,7 @@ class _Replay:
                 await self._call(key, journal)
             if key in self.calls:
                 await self._compare(key)
+            self._working -= 1
             self._count()
 
     async def _take(self) -> str | None:
@@ -302,7 +305,7 @@ class _Replay:
                 self._next, self._asked = self._next + 1, self._asked + 1
             elif not self._affordable(key):
                 # what is in flight may cost less than is held for it
-                if len(self._pending) > len(self._silent):
+                if self._working:
                     await self._woken()
                 else:
                     self._broke = True
@@ -310,6 +313,7 @@ class _Replay:
             else:
                 self._next, self._asked = self._next + 1, self._asked + 1
                 self._pending.add(key)
+                self._working += 1
                 return key
         return None
 
