@@ -14,15 +14,17 @@ import pytest
 from understudy import config
 from understudy.endpoint import ScriptedModel
 from understudy.errors import InputError
-from understudy.evaluate.doubt import Preference
+from understudy.evaluate.doubt import Preference, doubts, is_blind
 from understudy.evaluate.evidence import item_of
-from understudy.evaluate.item import Item
+from understudy.evaluate.grade import Reply
+from understudy.evaluate.item import Call, Item
 from understudy.evaluate.judge import JudgedHeader, Judgement, file_name, read_lines
 from understudy.evaluate.metrics import metrics_of, primary
 from understudy.evaluate.panel import LOOKED_AT, Panel, Rates
 from understudy.evaluate.proof import Proof, weigh
 from understudy.evaluate.replay import Bench, forecast, prove
 from understudy.evaluate.sequential import Verdict
+from understudy.evaluate.walk import Walk
 from understudy.traffic.sample import Exchange
 
 SETTINGS = config.Evaluate(margin=0.10, seed=3, concurrency=4)
@@ -293,6 +295,20 @@ async def test_a_task_that_the_incumbent_never_does_passes_nothing_by_itself(tmp
     [blind] = [s for s in proof.strata if s.task == "open"]
     assert (blind.difference, blind.verdict) == (0.0, "UNDECIDED")
     assert blind.interval[0] > -SETTINGS.margin  # what the test alone would call a PASS
+
+
+def test_the_few_that_were_asked_do_not_make_a_metric_blind() -> None:
+    """The incumbent fails at all that were asked and is right on three in four of the rest."""
+    items = items_of([_exchange(i, known=True, right=i >= 20) for i in range(80)])
+    [metric] = metrics_of(items, SETTINGS)
+    walk = Walk([metric], [(item,) for item in items], RATES)
+    for item in items[:20]:
+        walk.take((item,), {item.key: Call(key=item.key, reply=Reply(text="yes"), score=1.0)}, {})
+    own = walk.panel.own[metric.name]
+    assert walk.panel.verdict is Verdict.PASS
+    assert doubts(walk, {}) == []
+    assert not is_blind(metric, walk.pairs, items, own)
+    assert is_blind(metric, walk.pairs, items[:20], own)
 
 
 async def test_a_grader_that_takes_anything_is_no_pass(tmp_path: Path) -> None:

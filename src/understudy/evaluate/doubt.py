@@ -78,36 +78,52 @@ def _blind(
         if len(said) < ALWAYS_EVEN or any(one != EVEN for one in said):
             return ""
         return f"The judge called all {len(said)} pairs of unlike answers even: it tells nothing apart."
-    pairs = [p for p in walk.pairs if metric.scores(p.item)]
-    scores = [walk.panel.own[metric.name][p.item.key] for p in pairs]
-    if _tells(metric, pairs, scores):
+    own, asked = walk.panel.own[metric.name], [p.item for p in walk.pairs if metric.scores(p.item)]
+    whole = [item for drawn in walk.order for item in drawn if item.key in own]
+    if not _blind_everywhere(metric, asked, whole, own):
         return ""
-    empty = _mean([_empty(metric, p.item) for p in pairs])
+    empty, incumbent = _mean([_empty(metric, item) for item in whole]), _mean(list(own.values()))
     return (
-        f"“{metric.name}” tells nothing apart here: the incumbent scores {_mean(scores):.1%} on it and an"
+        f"“{metric.name}” tells nothing apart here: the incumbent scores {incumbent:.1%} on it and an"
         f" empty answer to every question {empty:.1%}, within the margin of {100 * metric.margin:g} points."
         " Any answers would have passed; look at the expected answers and the grader."
     )
 
 
-def is_blind(metric: Metric, pairs: Sequence[Pair]) -> bool:
-    """Whether empty answers to all of these, by their primary metric, would not be worse by the margin."""
-    return metric.basis != "judge" and not _tells(metric, pairs, [p.incumbent for p in pairs])
+def is_blind(metric: Metric, pairs: Sequence[Pair], items: Sequence[Item], own: Mapping[str, float]) -> bool:
+    """Whether empty answers to all of these items would not be worse by the margin.
+
+    ``pairs`` are those of them that were asked, ``own`` the incumbent's scores.
+    """
+    asked = [pair.item for pair in pairs]
+    return metric.basis != "judge" and _blind_everywhere(metric, asked, items, own)
 
 
-def _tells(metric: Metric, pairs: Sequence[Pair], own: Sequence[float]) -> bool:
-    """Whether empty answers to all of these would be worse than ``own`` by more than the margin.
+def _blind_everywhere(
+    metric: Metric, asked: Sequence[Item], whole: Sequence[Item], own: Mapping[str, float]
+) -> bool:
+    """Whether neither the items asked nor all of them tell an empty answer from the incumbent's.
+
+    The few that were asked may by chance be those the incumbent fails at; what it scores on the others is
+    known too. They come first because they are few, and nearly always enough.
+    """
+    return not _tells(metric, asked, own) and not _tells(metric, whole, own)
+
+
+def _tells(metric: Metric, items: Sequence[Item], own: Mapping[str, float]) -> bool:
+    """Whether empty answers to all of these would be worse than the incumbent's by more than the margin.
 
     Grades no more of them than it must: once full marks for all that are left would not save them, it
     is known.
     """
-    room, empty = math.fsum(own) - metric.margin * len(pairs), [0.0]
-    for left, pair in zip(range(len(pairs), 0, -1), pairs, strict=True):
+    scores, empty = [own[item.key] for item in items], [0.0]
+    room = math.fsum(scores) - metric.margin * len(items)
+    for left, item in zip(range(len(items), 0, -1), items, strict=True):
         if left < room - CERTAIN:
             return True
-        empty.append(_empty(metric, pair.item))
+        empty.append(_empty(metric, item))
         room -= empty[-1]
-    return _mean(own) - math.fsum(empty) / max(len(pairs), 1) > metric.margin
+    return _mean(scores) - math.fsum(empty) / max(len(items), 1) > metric.margin
 
 
 def _empty(metric: Metric, item: Item) -> float:

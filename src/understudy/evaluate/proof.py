@@ -375,7 +375,7 @@ def _stratum(
         test.observe(_unit(units[name]), math.fsum(scores))
     outcome = test.outcome()
     passes = outcome.verdict is Verdict.PASS
-    stands = not is_blind(metric, pairs) if passes else metric.can_fail
+    stands = not is_blind(metric, pairs, items, panel.own[metric.name]) if passes else metric.can_fail
     return Stratum(
         task=task[0],
         metric=metric.name,

@@ -35,6 +35,7 @@ class Walk:
     def __init__(
         self, metrics: Sequence[Metric], order: Sequence[Drawn], rates: Rates, *, graded: bool = False
     ) -> None:
+        self.order = order
         self.panel = Panel(metrics, order, rates, graded=graded)
         self.pairs: list[Pair] = []
         """In the order asked."""
