@@ -48,6 +48,36 @@ def test_json_holds_verdict_calls_and_the_truth(table_file: Path) -> None:
     assert (got["clusters"], got["seed"], got["margin"]) == (30, 20260101, 0.03)
 
 
+def test_names_from_a_file_do_not_drive_the_terminal_in_json_either(table_file: Path) -> None:
+    """JSON need not escape DEL, C1 or directions of writing; we do, and it reads back the same."""
+    hostile = "\x1b]0;\x07\x7f\x9b31m\u202e\U000e0001\\\x9b\u00e9"
+    rows = [r.split(",") for r in table_file.read_text().splitlines()[1:]]
+    path = table_file.with_suffix(".jsonl")
+    path.write_text(
+        "".join(
+            json.dumps({"item": i, "cluster": c, "model": hostile if m == "bad" else m, "score": int(s)})
+            + "\n"
+            for i, c, m, s in rows
+        )
+    )
+    for wanted in (["--incumbent", "old", "--candidate", hostile], ["--all-pairs"], ["--diversity"]):
+        _, out = invoke(str(path), *wanted, "--json")
+        assert not [c for c in out if not c.isprintable() and c != "\n"]
+        assert "\u00e9" in out
+        documents = (
+            [json.loads(out)] if wanted != ["--all-pairs"] else [json.loads(x) for x in out.splitlines()]
+        )
+        assert hostile in _strings(documents)
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for part in value.values() for text in _strings(part)]
+    if isinstance(value, list):
+        return [text for part in value for text in _strings(part)]
+    return [value] if isinstance(value, str) else []
+
+
 def _truth(path: Path, model: str) -> float:
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
     total = {m: sum(int(s) for _, _, name, s in rows if name == m) for m in ("old", model)}

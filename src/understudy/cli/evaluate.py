@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from understudy.cli.options import config_option, json_option, plain, print_json, say
+from understudy.cli.options import config_option, json_option, print_json, print_json_line, say
 
 if TYPE_CHECKING:
     from understudy.evaluate.certificate import Certificate
@@ -141,12 +141,10 @@ def _print_diversity(table: Table, incumbent: str, as_json: bool) -> None:
 def _print_pairs(
     table: Table, design: Design, seed: int, repeats: int, unit: Literal["item", "cluster"], as_json: bool
 ) -> None:
-    import msgspec
-
     from understudy.evaluate.scores import all_pairs
 
     for pair in all_pairs(table, design, seed=seed, repeats=repeats, unit=unit):
-        click.echo(msgspec.json.encode(pair).decode() if as_json else plain(_pair_line(pair)))
+        print_json_line(pair) if as_json else say(_pair_line(pair))
 
 
 def _pair_line(pair: Repeated) -> str:

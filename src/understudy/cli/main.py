@@ -11,7 +11,6 @@ from typing import cast
 
 import click
 
-from understudy.cli.options import say
 from understudy.errors import UnderstudyError
 
 # command -> (file under understudy.cli, one line of help); the attribute has the command's name
@@ -72,6 +71,8 @@ def run() -> None:
         error.show()
         sys.exit(2)
     except UnderstudyError as error:
+        from understudy.cli.options import say  # it needs msgspec, which `--help` does without
+
         say(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):

@@ -41,7 +41,27 @@ def say(text: str, *, err: bool = False) -> None:
 
 def print_json(value: object) -> None:
     """One JSON document on standard output. Structs, named tuples, dataclasses and paths are taken."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value, enc_hook=_encode), indent=2).decode())
+    click.echo(_escaped(msgspec.json.format(msgspec.json.encode(value, enc_hook=_encode), indent=2).decode()))
+
+
+def print_json_line(value: object) -> None:
+    """The same on one line."""
+    click.echo(_escaped(msgspec.json.encode(value, enc_hook=_encode).decode()))
+
+
+def _escaped(document: str) -> str:
+    """The same JSON without control characters.
+
+    RFC 8259 asks to escape those below U+0020 alone; terminals also obey DEL, C1 (U+009B begins a sequence)
+    and directions of writing.
+    """
+    hostile = {ord(c): _escape(c) for c in set(document) if not c.isprintable() and c != "\n"}
+    return document.translate(hostile)
+
+
+def _escape(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
 
 
 def _encode(value: object) -> object:
