@@ -98,10 +98,10 @@ def run_lm_eval(
         told = ",".join(f"{name}={value}" for name, value in arguments.items())
         words = ["--model", model, "--model_args", told, "--tasks", task, "--limit", str(limit)]
         words += ["--log_samples", "--output_path", str(out), "--batch_size", "8"]
-        if any(out.rglob("samples_*.jsonl")):
-            found |= dict(answers_in(out))
-            continue
-        subprocess.run([sys.executable, "-c", CLI, str(given.data), *words], check=True, stdout=sys.stderr)
+        if not any(out.rglob("samples_*.jsonl")):
+            subprocess.run(
+                [sys.executable, "-c", CLI, str(given.data), *words], check=True, stdout=sys.stderr
+            )
         print(f"{model} {task}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         found |= dict(answers_in(out))
     return found

@@ -8,8 +8,6 @@ Sources: Anthropic API reference, messages/count_tokens; ai.google.dev, models.c
 
 from __future__ import annotations
 
-from urllib.parse import quote
-
 import msgspec
 
 from understudy.forms import gemini
@@ -24,7 +22,7 @@ def answer(hub: Json, body: Json) -> bytes:
 
 def gemini_request(asked: Json, left: Left) -> Json:
     """The countTokens request for all that a generateContent request would hold. Raises Unmappable."""
-    model = f"models/{str(asked['model']).removeprefix('models/')}"
+    model = gemini.resource(asked["model"])
     return {"generateContentRequest": {"model": model, **gemini.request(asked, left)}}
 
 
@@ -35,4 +33,4 @@ def gemini_answer(body: Json, created: int) -> Json:
 
 def gemini_path(model: str, stream: bool) -> str:
     """Behind the endpoint's base URL."""
-    return f"/models/{quote(model.removeprefix('models/'), safe='')}:countTokens"
+    return gemini.method_path(model, "countTokens")

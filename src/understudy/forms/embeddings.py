@@ -11,11 +11,10 @@ from __future__ import annotations
 import struct
 from base64 import b64encode
 from typing import Any, cast
-from urllib.parse import quote
 
 import msgspec
 
-from understudy.forms import chat
+from understudy.forms import chat, gemini
 from understudy.forms.chat import Left
 from understudy.forms.fault import Unmappable
 from understudy.protocol import Json
@@ -52,7 +51,7 @@ def gemini_request(asked: Json, left: Left) -> Json:
     chat.check_parameters(asked, _READ, left)
     if asked.get("encoding_format") not in (None, "float", "base64"):
         raise Unmappable("encoding_format")
-    model = f"models/{str(asked['model']).removeprefix('models/')}"
+    model = gemini.resource(asked["model"])
     size = {"outputDimensionality": asked["dimensions"]} if asked.get("dimensions") is not None else {}
     return {
         "requests": [
@@ -84,4 +83,4 @@ def gemini_answer(body: Json, created: int) -> Json:
 
 def gemini_path(model: str, stream: bool) -> str:
     """Behind the endpoint's base URL."""
-    return f"/models/{quote(model.removeprefix('models/'), safe='')}:batchEmbedContents"
+    return gemini.method_path(model, "batchEmbedContents")

@@ -498,8 +498,17 @@ class Stream:
 
 def path(model: str, stream: bool) -> str:
     """Behind the endpoint's base URL."""
-    method = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    return method_path(model, "streamGenerateContent?alt=sse" if stream else "generateContent")
+
+
+def method_path(model: str, method: str) -> str:
+    """Of any method of a model: behind the endpoint's base URL."""
     return f"/models/{quote(model.removeprefix('models/'), safe='')}:{method}"
+
+
+def resource(model: object) -> str:
+    """A model as bodies name it."""
+    return f"models/{str(model).removeprefix('models/')}"
 
 
 def credential(secret: str) -> tuple[str, str]:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from functools import lru_cache
 from typing import Protocol
 
 from understudy.forms.translation import Translation
 from understudy.gateway.plane import Plane
 from understudy.gateway.recorder import Finished
 from understudy.gateway.refusal import Refusal, reason
-from understudy.gateway.request import Call, Request, forwarded, returned
+from understudy.gateway.request import Call, Request, forwarded, header_value, returned
 from understudy.gateway.routing import Target
 from understudy.gateway.splice import Head, read_head
 from understudy.gateway.translating import Translated, translation_of
@@ -318,13 +317,13 @@ class Exchange:
     def _own_headers(self) -> bytes:
         lines = b"x-understudy-call: %b\r\nx-understudy-model: %b\r\n" % (
             self._key.encode(),
-            _header_value(self._target.name),
+            header_value(self._target.name),
         )
         tries = len(self._attempts) + 1
         if tries > 1:
             lines += b"x-understudy-attempts: %d\r\n" % tries
         if self._place:
-            lines += b"x-understudy-fallback: %b\r\n" % _header_value(self._target.name)
+            lines += b"x-understudy-fallback: %b\r\n" % header_value(self._target.name)
         return lines
 
     def _complete(self, last: bytes, fault: str) -> None:
@@ -498,9 +497,3 @@ class Exchange:
                 else self._translation.spoken,
             )
         )
-
-
-@lru_cache(1024)
-def _header_value(text: str) -> bytes:
-    """A model's name as a header value: anything but printable ASCII is replaced."""
-    return "".join(c if " " <= c <= "~" else "?" for c in text).encode()

@@ -8,6 +8,7 @@ Source: RFC 9110 §7.6.1 (hop-by-hop), RFC 9112 §6.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from understudy.gateway.upstream import Headers
@@ -101,6 +102,12 @@ def returned(headers: Headers) -> bytes:
             if name not in _STAYS_HERE and name not in named and not name.startswith(b"x-understudy-")
         ]
     )
+
+
+@lru_cache(1024)
+def header_value(text: str) -> bytes:
+    """A model's or a rule's name as a header value: anything but printable ASCII is replaced."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text).encode()
 
 
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:

@@ -16,7 +16,7 @@ from understudy.forms.fault import Unmappable, Unreadable
 from understudy.forms.rules import Rules
 from understudy.forms.translation import COUNTING, Streamed, Translation, rule_path
 from understudy.gateway.refusal import Refusal, bad_request
-from understudy.gateway.request import Call, Request
+from understudy.gateway.request import Call, Request, header_value
 from understudy.gateway.routing import Target
 from understudy.gateway.upstream import Answering, Connection, Headers, Sink, Upstream
 
@@ -254,12 +254,7 @@ def _note(translation: Translation, upstream: Upstream) -> bytes:
     """Which form was spoken, which rules changed something, what was left out: nothing is done in silence."""
     lines = b"" if translation.passing else b"x-understudy-form: %b\r\n" % upstream.kind.encode()
     if translation.notes:
-        lines += b"x-understudy-rules: %b\r\n" % _plain(", ".join(translation.notes))
+        lines += b"x-understudy-rules: %b\r\n" % header_value(", ".join(translation.notes))
     if translation.left_out:
-        lines += b"x-understudy-left-out: %b\r\n" % _plain(", ".join(translation.left_out))
+        lines += b"x-understudy-left-out: %b\r\n" % header_value(", ".join(translation.left_out))
     return lines
-
-
-def _plain(text: str) -> bytes:
-    """As a header's value: anything but printable ASCII is replaced."""
-    return "".join(c if " " <= c <= "~" else "?" for c in text).encode()
