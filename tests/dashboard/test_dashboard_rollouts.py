@@ -7,10 +7,8 @@ import hashlib
 import html
 import queue
 import re
-import threading
 import time
 from collections.abc import Awaitable, Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -272,28 +270,14 @@ def test_the_calendar_is_made_anew_behind_the_reader(config: Config) -> None:
 
 
 def test_what_a_button_does_is_told_to_the_webhook(
-    store: Store, config: Config, monkeypatch: pytest.MonkeyPatch
+    store: Store, config: Config, webhook: queue.Queue[dict[str, Any]]
 ) -> None:
-    heard: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            heard.put(msgspec.json.decode(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with HTTPServer(("127.0.0.1", 0), Hook) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/")
-        watched = msgspec.structs.replace(config, rollout=Rollout(webhook="env:HOOK"))
-        acts, initial = moves_of(watched).acts, config.aliases["assistant"]
-        for do in ("start", "pause", "abort"):
-            order = Asked(do, "assistant", "local/student", 0, "ada", "why")
-            acts[do](store, order, Terms(), initial)
-            told = heard.get(timeout=10)["route"]
-            route = store.route("assistant")
-            assert route is not None
-            assert (told["stage"], told["changed_by"]) == (route.stage, "ada")
-        server.shutdown()
+    watched = msgspec.structs.replace(config, rollout=Rollout(webhook="env:HOOK"))
+    acts, initial = moves_of(watched).acts, config.aliases["assistant"]
+    for do in ("start", "pause", "abort"):
+        order = Asked(do, "assistant", "local/student", 0, "ada", "why")
+        acts[do](store, order, Terms(), initial)
+        told = webhook.get(timeout=10)["route"]
+        route = store.route("assistant")
+        assert route is not None
+        assert (told["stage"], told["changed_by"]) == (route.stage, "ada")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -149,28 +149,15 @@ def test_a_trial_is_begun_held_resumed_and_ended(run: Callable[..., Result]) -> 
 
 
 def test_every_change_is_told_to_the_webhook(
-    run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Result], webhook: queue.Queue[dict[str, Any]]
 ) -> None:
-    heard: list[dict[str, Any]] = []
-
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            heard.append(msgspec.json.decode(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    with HTTPServer(("127.0.0.1", 0), Hook) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("HOOK", f"http://127.0.0.1:{server.server_port}/")
-        Path("understudy.toml").write_text(CONFIG + '[rollout]\nwebhook = "env:HOOK"\n')
-        run("start", "assistant", "--to", "local/student")
-        done = run("run", "--once")
-        run("pause", "assistant", "--reason", "a fair")
-        run("pause", "assistant")  # is paused already
-        run("abort", "assistant")
-        server.shutdown()
+    Path("understudy.toml").write_text(CONFIG + '[rollout]\nwebhook = "env:HOOK"\n')
+    run("start", "assistant", "--to", "local/student")
+    done = run("run", "--once")
+    run("pause", "assistant", "--reason", "a fair")
+    run("pause", "assistant")  # is paused already
+    run("abort", "assistant")
+    heard = list(webhook.queue)
     assert done.exit_code == 0
     assert {told["source"] for told in heard} == {"understudy rollout"}
     stages = [(told["route"]["stage"], told["route"]["reason"]) for told in heard]
