@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ from understudy.compress.decoder import extras_of, keep_layers, shape_of, write_
 from understudy.compress.fidelity import fidelity
 from understudy.compress.losses import Options, Rows, distillation_loss
 from understudy.compress.precision import Precision, matmul_precision
+from understudy.compress.prune import Method
 from understudy.compress.signal import Dense, Head, Signal, joined
 from understudy.compress.single import batched
 from understudy.compress.student import student_of
@@ -489,18 +491,25 @@ def part_cached(folder: Path, only: str, tokens: int) -> None:
 
 # quality
 
+SLICED = Method(score="wanda-sp", refit=False, pull=0.0, reread=0.0)
+"""The best rule of the peers' (bench/pruning.py), and no refit."""
+
 
 def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None:
-    """−20% of parameters, healed; resumable: run again with the same folder."""
+    """−20% of parameters: sliced as peers do, refitted, healed. Run again with the same folder it resumes."""
     loaded = checkpoint.load(TEACHER)
     documents = texts(loaded.tokenizer)
     held_out, checked, train = documents[:100], documents[100:120], documents[120:]
     measured = batched(take(held_out, 8000, 0), 2)
-    if not (folder / "pruned").exists():
-        plan = plans.decide(shape_of(loaded.model), extras_of(loaded.model), params="0.8")
-        calibration = batched(take(train, 30_000, 1), 64)
-        student, _ = student_of(copy.deepcopy(loaded.model), plan, calibration)
-        checkpoint.save(student, loaded.tokenizer, folder / "pruned")
+    plan = plans.decide(shape_of(loaded.model), extras_of(loaded.model), params="0.8")
+    calibration = batched(take(train, 30_000, 1), 64)
+    for name, method in {"sliced": SLICED, "pruned": Method()}.items():
+        if not (folder / name).exists():
+            started = time.monotonic()
+            student, _ = student_of(copy.deepcopy(loaded.model), plan, calibration, method)
+            checkpoint.save(student, loaded.tokenizer, folder / name)
+            print(f"{name} in {time.monotonic() - started:,.0f} s")
+    sliced = fidelity(loaded.model, checkpoint.load(folder / "sliced").model, measured)
     student = checkpoint.load(folder / "pruned").model
     before = fidelity(loaded.model, student, measured)
     settings = distill.Settings(tokens=tokens, minutes=minutes, learning_rate=rate, checks=8, patience=9)
@@ -514,7 +523,9 @@ def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None
         f"`own` at −20% of parameters, {curve.points[-1].tokens:,} tokens, {spent:,.0f} CPU-s of healing.\n"
     )
     print(f"steps back: {curve.halvings}; stopped by {curve.stopped}\n")
-    print(f"before: {before}\n\nafter:  {after}\n\ngap closed: {1 - after.kl / before.kl:.0%}")
+    print(f"sliced:   {sliced}\n\nrefitted: {before}\n\nhealed:   {after}\n")
+    print(f"of the sliced student's distance closed: {1 - before.kl / sliced.kl:.0%} by the refit, ", end="")
+    print(f"{1 - after.kl / sliced.kl:.0%} healed; of the refitted one's: {1 - after.kl / before.kl:.0%}")
     print(f"\ncurve (tokens, KL on texts set aside): {[(c.tokens, round(c.kl, 4)) for c in curve.checks]}")
 
 

