@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pruning
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -491,8 +492,8 @@ def part_cached(folder: Path, only: str, tokens: int) -> None:
 
 # quality
 
-SLICED = Method(score="wanda-sp", refit=False, pull=0.0, reread=0.0)
-"""The best rule of the peers' (bench/pruning.py), and no refit."""
+BEST_PEER = pruning.SLICED._replace(score="wanda-sp")
+"""The rule of the peers' that bench/pruning.py finds best, sliced."""
 
 
 def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None:
@@ -503,7 +504,7 @@ def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None
     measured = batched(take(held_out, 8000, 0), 2)
     plan = plans.decide(shape_of(loaded.model), extras_of(loaded.model), params="0.8")
     calibration = batched(take(train, 30_000, 1), 64)
-    for name, method in {"sliced": SLICED, "pruned": Method()}.items():
+    for name, method in {"sliced": BEST_PEER, "pruned": Method()}.items():
         if not (folder / name).exists():
             started = time.monotonic()
             student, _ = student_of(copy.deepcopy(loaded.model), plan, calibration, method)

