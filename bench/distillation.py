@@ -34,13 +34,13 @@ from understudy.compress.beginnings import distinct_tokens
 from understudy.compress.capture import Live, capture, sampled
 from understudy.compress.corpus import Document, encode_chat, shuffled, take
 from understudy.compress.curve import save_plot
-from understudy.compress.decoder import extras_of, keep_layers, shape_of, write_shape
+from understudy.compress.decoder import extras_of, keep_layers, parameters, shape_of, write_shape
 from understudy.compress.fidelity import fidelity
 from understudy.compress.losses import Options, Rows, distillation_loss
 from understudy.compress.precision import Precision, matmul_precision
 from understudy.compress.prune import Method
 from understudy.compress.signal import Dense, Head, Signal, joined
-from understudy.compress.single import batched
+from understudy.compress.single import batched, shared_out
 from understudy.compress.student import student_of
 from understudy.compress.targets import CachedTeacher, Origin, Targets, sparse
 from understudy.compress.teacher import LiveTeacher
@@ -492,24 +492,43 @@ def part_cached(folder: Path, only: str, tokens: int) -> None:
 
 # quality
 
+CALIBRATION = 50_000
+"""Tokens read to prune; what `own` reads by default."""
 BEST_PEER = pruning.SLICED._replace(score="wanda-sp")
 """The rule of the peers' that bench/pruning.py finds best, sliced."""
 
 
 def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None:
-    """−20% of parameters: sliced as peers do, refitted, healed. Run again with the same folder it resumes."""
+    """−20% of parameters: sliced as peers do, refitted, healed. Run again with the same folder it resumes.
+
+    Ours is `own --shape per-layer`; the peer's is cut to as many parameters, each layer alike.
+    """
     loaded = checkpoint.load(TEACHER)
     documents = texts(loaded.tokenizer)
     held_out, checked, train = documents[:100], documents[100:120], documents[120:]
     measured = batched(take(held_out, 8000, 0), 2)
-    plan = plans.decide(shape_of(loaded.model), extras_of(loaded.model), params="0.8")
-    calibration = batched(take(train, 30_000, 1), 64)
-    for name, method in {"sliced": BEST_PEER, "pruned": Method()}.items():
+    shape, extras = shape_of(loaded.model), extras_of(loaded.model)
+    calibration = take(train, CALIBRATION, 1)
+
+    def alike() -> plans.Plan:
+        most = plans.wanted_parameters("0.8", parameters(shape, extras))
+        every = (plans.decide(shape, extras, ffn=ffn) for ffn in range(shape.ffn, 0, -1))
+        return next(plan for plan in every if plan.parameters_after <= most)
+
+    def shared() -> plans.Plan:
+        plan = plans.decide(shape, extras, params="0.8")
+        most = plans.wanted_parameters("0.8", plan.parameters_before)
+        return shared_out(loaded.model, plan, calibration, most)
+
+    for name, method, planned in (("sliced", BEST_PEER, alike), ("pruned", Method(), shared)):
         if not (folder / name).exists():
             started = time.monotonic()
-            student, _ = student_of(copy.deepcopy(loaded.model), plan, calibration, method)
+            plan = planned()
+            text = batched(calibration, 64)
+            student, _ = student_of(copy.deepcopy(loaded.model), plan, text, method)
             checkpoint.save(student, loaded.tokenizer, folder / name)
-            print(f"{name} in {time.monotonic() - started:,.0f} s")
+            spent = time.monotonic() - started
+            print(f"{name} to {plan.parameters_after:,} parameters in {spent:,.0f} s", flush=True)
     sliced = fidelity(loaded.model, checkpoint.load(folder / "sliced").model, measured)
     student = checkpoint.load(folder / "pruned").model
     before = fidelity(loaded.model, student, measured)
@@ -519,7 +538,7 @@ def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None
     curve = distill.heal(student, LiveTeacher(loaded.model), corpus, settings, folder / "heal", report)
     spent = cpu_s() - spent
     after = fidelity(loaded.model, student, measured)
-    save_plot(curve, folder / "distillation.svg", "SmolLM2-135M −22%: distance to the teacher while healing")
+    save_plot(curve, folder / "distillation.svg", "SmolLM2-135M −20%: distance to the teacher while healing")
     print(
         f"`own` at −20% of parameters, {curve.points[-1].tokens:,} tokens, {spent:,.0f} CPU-s of healing.\n"
     )

@@ -186,6 +186,9 @@ class Own(Section, frozen=True, kw_only=True):
     """Query heads per layer; 0 lets `params` decide."""
     experts: int = 0
     """Experts per layer of a student that stays a mixture; 0 makes it dense."""
+    shape: Literal["uniform", "per-layer"] = "uniform"
+    """per-layer: FFN sizes that differ, shared out by measured damage: nearer to the teacher at equal size.
+    The GGUF holds just those; the checkpoint's folder is filled up with zeros to the largest."""
     calibration_tokens: int = 50_000
     """Tokens read to measure importance."""
     distil_tokens: int = 200_000

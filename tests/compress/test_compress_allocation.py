@@ -14,7 +14,9 @@ from understudy.compress import checkpoint
 from understudy.compress import plan as plans
 from understudy.compress.allocation import STEPS, allocate, curves
 from understudy.compress.decoder import extras_of, layers_of, shape_of
+from understudy.compress.document import Document
 from understudy.compress.prune import Method, prune
+from understudy.compress.single import shared_out
 from understudy.errors import InputError, ModelError
 
 EXACT = Method(precision="fp32")
@@ -52,6 +54,18 @@ def test_the_layer_that_hurts_less_gives_more(make, text):
     assert all(a >= b for curve in found for a, b in itertools.pairwise(curve))
     first, second = allocate(found, 24, 24, 4)
     assert first < second
+
+
+def test_what_rounding_left_of_a_budget_is_spent(make):
+    model = make()
+    shape, extras = shape_of(model), extras_of(model)
+    plan = plans.decide(shape, extras, ffn=12)
+    channel = 3 * shape.hidden
+    texts = [Document([1 + (5 * i) % 40 for i in range(n, n + 40)], [False] * 40) for n in range(4)]
+    for most, channels in ((0, 24), (plan.parameters_after + 7 * channel - 1, 30), (10**9, 48)):
+        shared = shared_out(model, plan, texts, most)
+        assert sum(shared.ffns) == channels
+        assert shared.parameters_after == plan.parameters_after + (channels - 24) * channel
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])

@@ -62,6 +62,21 @@ def test_own_makes_a_student(job):
     assert msgspec.json.decode((job.out / "report.json").read_bytes(), type=OwnReport) == report
 
 
+@pytest.mark.parametrize("ffn", [18, 4])
+def test_own_shares_channels_out(job, ffn):
+    """At once, and behind a step healed on the way: 4 channels and 4 heads are two cuts."""
+    small = Own(ffn=ffn, heads=4, shape="per-layer", calibration_tokens=200, distil_tokens=500)
+    report = own(job._replace(settings=small))
+    plan = report.plan
+    model = AutoModelForCausalLM.from_pretrained(report.checkpoint)
+    assert model.config.ffn_per_layer == plan.ffns == [len(layer.channels) for layer in plan.layers]
+    assert sum(plan.ffns) == 2 * ffn
+    padding = 3 * plan.student.hidden * (2 * plan.student.ffn - sum(plan.ffns))
+    assert model.num_parameters() == report.parameters_after + padding
+    assert plan.reason == "sizes as given, shared out among the layers by measured damage"
+    assert bool([note for note in report.notes if "cut to" in note]) == (ffn == 4)
+
+
 def test_a_finished_run_is_only_read(job):
     first = own(job)
     steps: list[str] = []

@@ -123,6 +123,12 @@ def prune(
 @click.argument("teacher", required=False)
 @click.option("--out", type=OUT, required=True, help="Folder of the run: checkpoint/, report.json.")
 @click.option("--params", default=None, help="Share to keep (0.75) or a count (108M).")
+@click.option(
+    "--shape",
+    type=click.Choice(["uniform", "per-layer"]),
+    default=None,
+    help="per-layer: FFN sizes that differ.  [default: uniform]",
+)
 @click.option("--tokens", default=None, type=int, help="Tokens of healing.")
 @click.option("--minutes", default=None, type=float, help="Stop healing after so many minutes.")
 @click.option("--lora", default=None, type=int, help="Train corrections of this rank only.  [default: 0]")
@@ -135,6 +141,7 @@ def own(
     teacher: str | None,
     out: Path,
     params: str | None,
+    shape: Literal["uniform", "per-layer"] | None,
     tokens: int | None,
     minutes: float | None,
     lora: int | None,
@@ -151,7 +158,7 @@ def own(
 
     config = config_at(config_path)
     given = {"teacher": teacher, "params": params, "distil_tokens": tokens, "minutes": minutes}
-    settings = _settings(config, given | {"lora": lora, "baseline": baseline})
+    settings = _settings(config, given | {"shape": shape, "lora": lora, "baseline": baseline})
     train, held_out = split_chats(data, alias, config)
     mixed = parts_of(generic) if generic else Parts([], [])
     job = recipe.OwnJob(

@@ -32,7 +32,7 @@ from understudy.compress.document import Chat, Document
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.progress import Progress, silent
-from understudy.compress.single import LEAST_TOKENS, Sizes, batched, decided
+from understudy.compress.single import LEAST_TOKENS, Sizes, batched, decided, most_parameters, shared_out
 from understudy.compress.student import student_of
 from understudy.compress.teacher import LiveTeacher
 from understudy.config import Own, resolve_path
@@ -264,9 +264,13 @@ class _Steps:
         plans.save(wanted, path)
         model, plan = self._halfway(wanted)
         last = _onward(plan, wanted, extras_of(model)) if plan else wanted
+        last = msgspec.structs.replace(last, reason=wanted.reason)
+        if settings.shape == "per-layer":
+            with self._timed("shape"):
+                last = shared_out(model, last, read, most_parameters(sizes, wanted), self.progress)
         student, done = self._cut(model, last)
         plan = plans_joined(plan, done) if plan else done
-        plan = msgspec.structs.replace(plan, reason=wanted.reason, measured=wanted.measured)
+        plan = msgspec.structs.replace(plan, reason=last.reason, measured=wanted.measured)
         plans.save(plan, path)
         checkpoint.save(student, self.loaded.tokenizer, folder, **self._origin())
         return plan, student

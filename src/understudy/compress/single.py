@@ -29,7 +29,16 @@ from understudy.compress.corpus import (
     take,
     windows,
 )
-from understudy.compress.decoder import Shape, extras_of, family_of, may_share, parameters, shape_of
+from understudy.compress.decoder import (
+    Extras,
+    Shape,
+    extras_of,
+    family_of,
+    layer_parameters,
+    may_share,
+    parameters,
+    shape_of,
+)
 from understudy.compress.document import Document
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.journal import Journal
@@ -146,7 +155,24 @@ def _planned(
     plan = decided(shape_of(loaded.model), loaded, sizes, read, progress, job.speed)
     if sizes.shape == "uniform":
         return plan
-    extras = extras_of(loaded.model)
+    return shared_out(loaded.model, plan, read(), most_parameters(sizes, plan), progress)
+
+
+def most_parameters(sizes: Sizes, plan: Plan) -> int:
+    """What the student may have in all; 0 where sizes were asked for and no budget."""
+    asked = sizes.params and not sizes.ffn
+    return plans.wanted_parameters(sizes.params, plan.parameters_before) if asked else 0
+
+
+def shared_out(
+    model: PreTrainedModel, plan: Plan, texts: list[Document], most: int = 0, progress: Progress = silent
+) -> Plan:
+    """The plan with its FFN channels shared out among the layers by measured damage.
+
+    ``most`` parameters in all are used up where they are given, beyond what rounding a common size down left.
+    Raises InputError for a mixture and for fewer layers.
+    """
+    extras = extras_of(model)
     if extras.mixed:
         raise InputError(
             "a mixture of experts with sizes per layer",
@@ -158,10 +184,17 @@ def _planned(
             f"layers = {plan.student.layers} with sizes per layer",
             expected="all layers: how sizes are shared out is measured with each of them in its place",
         )
-    found = curves(loaded.model, batched(read(), LEAST_TOKENS), progress)
-    step = min(plans.MULTIPLE, plan.student.ffn)
-    total = plan.student.ffn * plan.student.layers
+    found = curves(model, batched(texts, LEAST_TOKENS), progress)
+    step = plans.MULTIPLE if plan.student.ffn >= plans.MULTIPLE else 1
+    total = plan.student.ffn * plan.student.layers + _left_over(plan, extras, most)
     return plans.per_layer(plan, allocate(found, plan.teacher.ffn, total, step), extras)
+
+
+def _left_over(plan: Plan, extras: Extras, most: int) -> int:
+    """FFN channels that fit into ``most`` parameters beside the plan's."""
+    less = msgspec.structs.replace(plan.student, ffn=plan.student.ffn - 1)
+    channel = layer_parameters(plan.student, extras) - layer_parameters(less, extras)
+    return max(most - plan.parameters_after, 0) // channel
 
 
 def decided(
