@@ -15,24 +15,21 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from understudy.catalog.capability import Asked, Fit, can_of, fit
 from understudy.catalog.changes import Change, changes
-from understudy.catalog.facts import OVERLAY, RESELLERS, RULE, Catalog, ModelFacts, family_of
+from understudy.catalog.facts import RESELLERS, RULE, Catalog, ModelFacts, family_of
 from understudy.catalog.forecast import Forecast, forecast
 from understudy.catalog.prices import Rates, hosting_rates, rates_at
-from understudy.catalog.purpose import CHAT, purpose_of, unsuited
+from understudy.catalog.purpose import CHAT, purpose_of
 from understudy.catalog.tiers import Condition, tier_of
 from understudy.catalog.watch import days_until
-from understudy.catalog.workload import Group, Workload
+from understudy.catalog.workload import Workload
 from understudy.errors import InputError
-from understudy.protocol import CallShape, Modality
+from understudy.protocol import CallShape
 
 TOKENIZER_BOUND = 1.3
 """A text has at most this many times as many tokens with another vendor's tokenizer: taken for the fit, since
 the candidate's own tokenizer is seldom at hand."""
-CERTAIN = frozenset({"tools", "json_schema"})
-"""Features that a list in the overlay denies by leaving them out."""
-TAKEN_FOR_GRANTED = frozenset({"stream", "system", "stop"})
-"""Features every chat endpoint has."""
 SAFE_DAYS = 365
 """A candidate that retires sooner ranks behind all that do not."""
 PEER_MMLU = 3.0
@@ -377,12 +374,6 @@ def _mmlu(facts: ModelFacts) -> float | None:
     return max((s.value for name, s in facts.scores.items() if name.startswith("MMLU")), default=None)
 
 
-class _Fit(NamedTuple):
-    fitting: int
-    misfits: dict[str, int]
-    unverified: tuple[str, ...]
-
-
 class _Scale(NamedTuple):
     """What candidates are weighed with."""
 
@@ -393,7 +384,7 @@ class _Scale(NamedTuple):
     tiers: Mapping[str, Sequence[Condition]]
     latencies: Mapping[str, Latency]
     ratios: Mapping[str, TokenRatio]
-    fits: dict[_Asked, _Fit]
+    fits: dict[Asked, Fit]
     """Kept while a plan is made."""
 
     def weigh(self, facts: ModelFacts) -> Candidate:
@@ -442,14 +433,14 @@ class _Scale(NamedTuple):
             changes=changes(facts, self.leaving, load) if facts.id != self.leaving.id else (),
         )
 
-    def _fit(self, facts: ModelFacts, bound: float) -> _Fit:
+    def _fit(self, facts: ModelFacts, bound: float) -> Fit:
         context, limit, rate = (
             known.value if known else 0
             for known in (facts.context_window, facts.output_limit, facts.tokens_per_minute)
         )
-        asked = _Asked(_can(facts), (context, limit, bound), rate)
+        asked = Asked(can_of(facts), (context, limit, bound), rate)
         if asked not in self.fits:
-            self.fits[asked] = _fit(self.load, asked)
+            self.fits[asked] = fit(self.load, asked)
         return self.fits[asked]
 
     def _ratio(self, facts: ModelFacts) -> TokenRatio:
@@ -482,65 +473,6 @@ class _Scale(NamedTuple):
     def _per_month(self, per_million: tuple[float, float]) -> tuple[float, float]:
         millions = self.load.answer_tokens / 1e6 / self.load.months
         return per_million[0] * millions, per_million[1] * millions
-
-
-def _fit(load: Workload, asked: _Asked) -> _Fit:
-    misfits: dict[str, int] = {}
-    unverified: dict[str, None] = {}
-    fitting = 0
-    for group, (broken, reasons) in zip(load.groups, load.lengths(*asked.limits), strict=True):
-        lacking = _lacking(asked.can, group)
-        fitting += 0 if lacking else len(group) - broken
-        unverified |= dict.fromkeys(_unknown(asked.can, group))
-        for word, count in (*dict.fromkeys(lacking, len(group)).items(), *reasons.items()):
-            misfits[word] = misfits.get(word, 0) + count
-    if asked.tokens_per_minute:
-        misfits["rate"] = load.too_fast(asked.tokens_per_minute)
-        fitting = min(fitting, len(load) - misfits["rate"])
-    return _Fit(fitting, {w: n for w, n in misfits.items() if n}, tuple(unverified))
-
-
-class _Asked(NamedTuple):
-    """All that the fit of a model depends on: models of which it is the same are looked at once."""
-
-    can: _Can
-    limits: tuple[int, int, float]
-    """Context, output limit (0: not known), and the tokens its tokenizer makes of one recorded."""
-    tokens_per_minute: int
-
-
-class _Can(NamedTuple):
-    """What a model is known to take, known not to, and not known to."""
-
-    purpose: str
-    inputs: frozenset[Modality] | None
-    has: frozenset[str]
-    lacks: frozenset[str]
-    context_known: bool
-
-
-def _can(facts: ModelFacts) -> _Can:
-    """Lacking: a source says so, or the overlay's whole list omits it."""
-    has = facts.features.value if facts.features else frozenset[str]()
-    lacks = facts.lacks.value if facts.lacks else frozenset[str]()
-    if facts.features and facts.features.source.startswith(OVERLAY):
-        lacks |= CERTAIN - has
-    inputs = facts.inputs.value if facts.inputs else None
-    return _Can(purpose_of(facts), inputs, has, lacks, facts.context_window is not None)
-
-
-def _lacking(can: _Can, group: Group) -> list[str]:
-    """Modalities and features that calls need and the model is known not to have."""
-    lacking = list(unsuited(can.purpose, group))
-    if can.inputs is not None:
-        lacking += sorted(group.modalities - can.inputs)
-    return lacking + sorted(group.features & can.lacks)
-
-
-def _unknown(can: _Can, group: Group) -> list[str]:
-    unknown = sorted(group.modalities - {"text"}) if can.inputs is None else []
-    unknown += sorted(group.features - TAKEN_FOR_GRANTED - can.lacks - can.has)
-    return unknown if can.context_known else [*unknown, "context"]
 
 
 def _per(usd: float | None, count: float) -> float | None:
