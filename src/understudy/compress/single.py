@@ -42,6 +42,7 @@ from understudy.compress.decoder import (
 from understudy.compress.document import Document
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.journal import Journal
+from understudy.compress.memory import large_blocks_returned
 from understudy.compress.pace import Speed, Track
 from understudy.compress.plan import Measured, Plan
 from understudy.compress.progress import Progress, silent
@@ -101,6 +102,7 @@ class PruneJob(NamedTuple):
     """What measures tokens a second, where a latency is asked for."""
 
 
+@large_blocks_returned()
 def prune_only(
     job: PruneJob, show: Callable[[Plan], None], progress: Progress = silent, *, dry_run: bool = False
 ) -> Plan:
