@@ -24,6 +24,7 @@ from understudy.compress.importance import (
     damage,
     damping,
     head_columns,
+    inverted,
     refit,
     reread,
     top,
@@ -99,6 +100,12 @@ def test_refit_is_the_float64_solution():
     right = torch.cat([x64 @ w64.T + 0.4 * lag.double(), strength @ w64[:, keep].T])
     wanted = torch.linalg.lstsq(left, right).solution.T
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_inverse_is_one():
+    rows = torch.randn(200, 90, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    square = rows.T @ rows
+    torch.testing.assert_close(inverted(square) @ square, torch.eye(90, dtype=torch.float64))
 
 
 def test_reread_is_the_float64_solution():

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from understudy.compress import checkpoint, corpus
+from understudy.compress import checkpoint, corpus, search
 from understudy.compress import plan as plans
 from understudy.compress.calibrate import enter, feed_forward_of, observe
 from understudy.compress.decoder import extras_of, layers_of, parameters, shape_of, states_of
-from understudy.compress.elimination import choose_channels
+from understudy.compress.elimination import choose_channels, ranking
 from understudy.compress.families import DENSE
 from understudy.compress.fidelity import divergence, side_of
 from understudy.compress.importance import Gated, head_columns, refit
@@ -107,6 +107,15 @@ def test_a_trial_is_the_model_cut_by_hand(make: Any, text: Any):
         stream.advance(feed_forward_of(old), index)
     sides = [side_of(m, states_of(m, text[-1])[text[-1].predicts]) for m in (model, student)]
     assert found.kl == pytest.approx(divergence(*sides), rel=1e-3)
+
+
+def test_channels_are_ranked_once_for_all_passes(make: Any, text: Any, monkeypatch: Any):
+    """The order follows from the untouched model's statistics, which every pass takes anew."""
+    model, ranked = make(**WIDE), []
+    monkeypatch.setattr(search, "ranking", lambda *given: ranked.append(1) or ranking(*given))
+    found = searched(model, smaller(model, ffn=128), text)
+    assert sum(measured.axis == "plan" for measured in found) > 1
+    assert len(ranked) == 3  # layers
 
 
 def test_an_unreachable_budget_measures_nothing(make: Any, text: Any):

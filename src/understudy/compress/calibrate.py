@@ -33,8 +33,8 @@ Branch = Callable[[Tensor, Call], Tensor]
 
 BLOCKS, LEAST_BLOCK = 4, 128
 """Blocks along each side of a sum of squares, and the least size that is worth a product of its own."""
-KEEP_BYTES = 512 << 20
-"""Most memory spent on remembering what entered one projection."""
+KEEP_BYTES = 256 << 20
+"""Most memory spent on remembering what entered one projection; beyond, it is computed twice."""
 
 
 @dataclass

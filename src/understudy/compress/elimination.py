@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from understudy.compress.calibrate import Gram
-from understudy.compress.importance import Gated, Score, channel_scores, damping, top
+from understudy.compress.importance import Gated, Score, channel_scores, damping, inverted, top
 
 ROUNDS = 48
 """All channels would leave in so many rounds; within one, losses are taken to add up."""
@@ -55,7 +55,7 @@ def leaving(weight: Tensor, gram: Gram, count: int, *, ridge: float = 1e-2, pull
     """
     second = gram.second.double()
     second.diagonal().add_(damping(second.diagonal(), ridge))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(second))
+    inverse = inverted(second)
     del second
     rest = weight.double()
     if pull:

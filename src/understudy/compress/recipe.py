@@ -30,7 +30,6 @@ from understudy.compress.curve import Check, Curve, Point, save_plot
 from understudy.compress.decoder import Extras, extras_of, shape_of
 from understudy.compress.document import Chat, Document
 from understudy.compress.fidelity import Fidelity, fidelity
-from understudy.compress.memory import large_blocks_returned
 from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.single import LEAST_TOKENS, Sizes, batched, decided, most_parameters, shared_out
@@ -250,7 +249,6 @@ class _Steps:
         measured = take(held_out, MEASURED_TOKENS, job.seed)
         return _Texts(rest, aside, measured, calibration, generic)
 
-    @large_blocks_returned()
     def _pruned(self) -> tuple[Plan, PreTrainedModel]:
         folder, path = self.out / "pruned", self.out / "plan.json"
         if folder.is_dir() and path.exists():

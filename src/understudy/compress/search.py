@@ -281,6 +281,8 @@ class Tryout:
         self.width = torch.zeros(self.shape.hidden)
         self.teacher = self._look()
         self.passes = 0
+        self.rankings: dict[int, list[int]] = {}
+        """By layer: in which order its channels leave, the same in every pass."""
 
     @torch.no_grad()
     def _look(self) -> Side:
@@ -309,7 +311,7 @@ class Tryout:
         for index, layer in enumerate(layers):
             text.arrive(index)
             with layer.awake():
-                cutter = _Cutter(layer, text, index, self.shape)
+                cutter = _Cutter(layer, text, index, self.shape, self.rankings)
                 for run in runs:
                     self._step(run, cutter, index)
                 cutter.go_on()
@@ -355,8 +357,11 @@ class Tryout:
 class _Cutter:
     """One untouched layer, cut to whatever sizes are asked; what two trials share is computed once."""
 
-    def __init__(self, layer: Layer, text: Stream, index: int, shape: Shape) -> None:
+    def __init__(
+        self, layer: Layer, text: Stream, index: int, shape: Shape, rankings: dict[int, list[int]]
+    ) -> None:
         self.layer, self.text, self.index, self.shape = layer, text, index, shape
+        self.rankings = rankings
         self.mixed = observe(layer.o, text, attention_of(layer), index)
         self._pass(self.mixed, layer.write_attention, attention_of(layer))
         self.channels = observe(layer.down, text, feed_forward_of(layer), index)
@@ -420,8 +425,10 @@ class _Cutter:
             return sorted(self._leaving[self.shape.ffn - size :])
         return top(channel_scores(score, block, self.channels), size)
 
-    @cached_property
+    @property
     def _leaving(self) -> list[int]:
         """All channels, the one that is missed least first."""
-        block = Gated(self.layer.gate.weight, self.layer.up.weight, self.layer.down.weight)
-        return ranking(block, self.channels)
+        if self.index not in self.rankings:
+            block = Gated(self.layer.gate.weight, self.layer.up.weight, self.layer.down.weight)
+            self.rankings[self.index] = ranking(block, self.channels)
+        return self.rankings[self.index]

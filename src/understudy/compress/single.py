@@ -42,7 +42,6 @@ from understudy.compress.decoder import (
 from understudy.compress.document import Document
 from understudy.compress.fidelity import Fidelity, fidelity, require_same_tokenizer
 from understudy.compress.journal import Journal
-from understudy.compress.memory import large_blocks_returned
 from understudy.compress.pace import Speed, Track
 from understudy.compress.plan import Measured, Plan
 from understudy.compress.progress import Progress, silent
@@ -61,8 +60,9 @@ LEAST_TOKENS = 64
 
 ATTEMPTS = 3
 """Shapes measured on the engine before a latency is given up."""
-STATISTICS_TOKENS, PROBE_TOKENS = 1_536, 384
-"""Tokens that a shape is searched on: those statistics are taken of, and those KL is measured on."""
+STATISTICS_TOKENS, PROBE_TOKENS = 6_144, 768
+"""Tokens that a shape is searched on: for statistics, and for KL to be measured on. A refit of n
+channels on few more than n tokens fits those alone, and axes without a refit look cheap beside it."""
 
 AXES = ("heads", "kv_heads", "hidden", "layers", "cross_layers", "cross_heads")
 """Sizes that are asked for by name alone; the FFN's may follow from a budget."""
@@ -102,7 +102,6 @@ class PruneJob(NamedTuple):
     """What measures tokens a second, where a latency is asked for."""
 
 
-@large_blocks_returned()
 def prune_only(
     job: PruneJob, show: Callable[[Plan], None], progress: Progress = silent, *, dry_run: bool = False
 ) -> Plan:
