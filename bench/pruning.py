@@ -349,18 +349,20 @@ def draw(lines: Sequence[dict[str, Any]], before: int) -> bool:
     mpl.rcParams["svg.hashsalt"] = "understudy"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = plt.subplots(figsize=(10, 5))
     for name in dict.fromkeys(line["name"] for line in lines):
         points = sorted((1 - p["parameters"] / before, p["kl"]) for p in lines if p["name"] == name)
         ours, mixed = name.startswith("ours"), name.endswith("mix")
-        style = {"linewidth": 3 if mixed else 1.6} if ours else {"linestyle": "--", "alpha": 0.75}
+        style: dict[str, Any] = {"linewidth": 1.6} if ours else {"linestyle": "--", "alpha": 0.75}
+        if mixed:
+            style |= {"color": "black", "linewidth": 3}
         axes.plot(*zip(*points, strict=True), marker="o" if ours else "x", label=name, **style)
     axes.set(
         yscale="log", xlabel="share of parameters removed", ylabel="KL to the teacher, nats a token",
         title="SmolLM2-135M, untrained, held-out documentation",
     )  # fmt: skip
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     figure.savefig(PLOT, metadata={"Date": None})
     return True
