@@ -34,7 +34,7 @@ from understudy.compress.beginnings import distinct_tokens
 from understudy.compress.capture import Live, capture, sampled
 from understudy.compress.corpus import Document, encode_chat, shuffled, take
 from understudy.compress.curve import save_plot
-from understudy.compress.decoder import extras_of, keep_layers, parameters, shape_of, write_shape
+from understudy.compress.decoder import extras_of, keep_layers, shape_of, write_shape
 from understudy.compress.fidelity import fidelity
 from understudy.compress.losses import Options, Rows, distillation_loss
 from understudy.compress.precision import Precision, matmul_precision
@@ -509,26 +509,22 @@ def part_quality(folder: Path, tokens: int, minutes: float, rate: float) -> None
     measured = batched(take(held_out, 8000, 0), 2)
     shape, extras = shape_of(loaded.model), extras_of(loaded.model)
     calibration = take(train, CALIBRATION, 1)
-
-    def alike() -> plans.Plan:
-        most = plans.wanted_parameters("0.8", parameters(shape, extras))
-        every = (plans.decide(shape, extras, ffn=ffn) for ffn in range(shape.ffn, 0, -1))
-        return next(plan for plan in every if plan.parameters_after <= most)
+    plan = plans.decide(shape, extras, params="0.8")
+    most = plans.wanted_parameters("0.8", plan.parameters_before)
+    every = (plans.decide(shape, extras, ffn=ffn) for ffn in range(shape.ffn, 0, -1))
+    alike = next(peer for peer in every if peer.parameters_after <= most)  # no multiple of 64 is asked of it
 
     def shared() -> plans.Plan:
-        plan = plans.decide(shape, extras, params="0.8")
-        most = plans.wanted_parameters("0.8", plan.parameters_before)
         return shared_out(loaded.model, plan, calibration, most)
 
-    for name, method, planned in (("sliced", BEST_PEER, alike), ("pruned", Method(), shared)):
+    for name, method, planned in (("sliced", BEST_PEER, lambda: alike), ("pruned", Method(), shared)):
         if not (folder / name).exists():
             started = time.monotonic()
-            plan = planned()
-            text = batched(calibration, 64)
-            student, _ = student_of(copy.deepcopy(loaded.model), plan, text, method)
+            wanted = planned()
+            student, _ = student_of(copy.deepcopy(loaded.model), wanted, batched(calibration, 64), method)
             checkpoint.save(student, loaded.tokenizer, folder / name)
             spent = time.monotonic() - started
-            print(f"{name} to {plan.parameters_after:,} parameters in {spent:,.0f} s", flush=True)
+            print(f"{name} to {wanted.parameters_after:,} parameters in {spent:,.0f} s", flush=True)
     sliced = fidelity(loaded.model, checkpoint.load(folder / "sliced").model, measured)
     student = checkpoint.load(folder / "pruned").model
     before = fidelity(loaded.model, student, measured)

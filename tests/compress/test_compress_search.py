@@ -118,6 +118,14 @@ def test_channels_are_ranked_once_for_all_passes(make: Any, text: Any, monkeypat
     assert len(ranked) == 3  # layers
 
 
+def test_an_axis_that_pays_alone_is_a_finalist_however_it_ranks(make: Any, text: Any, monkeypatch: Any):
+    model = make(**WIDE)
+    monkeypatch.setattr(search, "_predicted", lambda teacher, shape, singles: -shape.ffn)
+    found = searched(model, smaller(model, ffn=128), text)
+    alone = plans.decide(shape_of(model), extras_of(model), ffn=128).student
+    assert alone in [measured.shape for measured in found if measured.axis == "plan"]
+
+
 def test_an_unreachable_budget_measures_nothing(make: Any, text: Any):
     steps: list[str] = []
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from understudy.config import Config, Own
 
 SCORES = ("obs", "output", "magnitude", "wanda-sp", "minitron", "flap", "taylor")
+SHAPES = ("uniform", "per-layer")
 
 
 @click.command()
@@ -46,7 +47,7 @@ SCORES = ("obs", "output", "magnitude", "wanda-sp", "minitron", "flap", "taylor"
 @click.option("--experts", default=0, help="Experts per layer: a mixture stays one.  [default: made dense]")
 @click.option(
     "--shape",
-    type=click.Choice(["uniform", "per-layer"]),
+    type=click.Choice(SHAPES),
     default="uniform",
     show_default=True,
     help="per-layer: FFN sizes that differ, shared out by measured damage.",
@@ -125,7 +126,7 @@ def prune(
 @click.option("--params", default=None, help="Share to keep (0.75) or a count (108M).")
 @click.option(
     "--shape",
-    type=click.Choice(["uniform", "per-layer"]),
+    type=click.Choice(SHAPES),
     default=None,
     help="per-layer: FFN sizes that differ.  [default: uniform]",
 )

@@ -164,8 +164,8 @@ def damping(power: Tensor, ridge: float) -> Tensor:
 def inverted(matrix: Tensor) -> Tensor:
     """The inverse of a positive definite (n, n).
 
-    By solving for the identity: `torch.cholesky_inverse` goes column by column and takes 16 times as long at
-    n = 1,536 (LOG.md, 2026-11-26).
+    By solving for the identity: `torch.cholesky_inverse` takes 16 times as long at n = 1,536 (LOG.md,
+    2026-11-26).
     """
     unit = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     return torch.cholesky_solve(unit, torch.linalg.cholesky(matrix))
