@@ -16,7 +16,7 @@ from understudy.compress.allocation import STEPS, allocate, curves
 from understudy.compress.decoder import extras_of, layers_of, shape_of
 from understudy.compress.document import Document
 from understudy.compress.prune import Method, prune
-from understudy.compress.single import shared_out
+from understudy.compress.single import Sizes, filled, most_parameters, shared_out
 from understudy.errors import InputError, ModelError
 
 EXACT = Method(precision="fp32")
@@ -66,6 +66,14 @@ def test_what_rounding_left_of_a_budget_is_spent(make):
         shared = shared_out(model, plan, texts, most)
         assert sum(shared.ffns) == channels
         assert shared.parameters_after == plan.parameters_after + (channels - 24) * channel
+
+
+def test_a_budget_that_nobody_named_is_spent_as_well(make):
+    model = make()
+    plan = plans.decide(shape_of(model), extras_of(model), params="0.75")
+    most = int(0.75 * plan.parameters_before)
+    assert most_parameters(filled(Sizes(shape="per-layer"), extras_of(model)), plan) == most
+    assert most_parameters(filled(Sizes(shape="per-layer", ffn=8), extras_of(model)), plan) == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FINALISTS = 3
-"""Shapes tried whole."""
+"""Mixed shapes tried whole."""
 POINTS = 2
 """Sizes at which an axis is measured alone."""
 LEAST_SHARE = 0.25
@@ -74,34 +74,53 @@ class Budget(NamedTuple):
     """For messages: ``most`` in words."""
 
 
-@torch.no_grad()
-def cheapest(
-    model: PreTrainedModel,
-    start: Shape,
-    budget: Budget,
-    text: Sequence[Batch],
-    probe: Sequence[Batch],
-    progress: Progress = silent,
-) -> list[Measured]:
-    """Shapes within the budget and single axes, as measured; the first is the one to take.
+class Search:
+    """One model's shapes. What an axis costs alone is measured once, whatever budgets are asked for.
 
-    ``start``: the largest shape allowed; an axis on which it is the teacher's is free. Statistics are of
-    ``text``, KL is on ``probe``. Raises InputError when nothing fits.
+    ``start``: the largest shape allowed; an axis on which it is the teacher's is free. Axes are measured with
+    statistics of ``text``, the best plans with those of ``more`` beside it; KL is on ``probe``.
     """
-    bench = Tryout(model, text, probe, progress)
-    free = [axis for axis in AXES if getattr(start, axis) == getattr(bench.shape, axis)]
-    ladder = _Ladder(bench.shape, start, bench.extras, free, budget)
-    shapes = ladder.fitting()  # nothing is measured when nothing fits
-    singles = bench.measure(ladder.singles())
-    singles += bench.measure(ladder.promising_widths(singles))
-    ranked = sorted(shapes, key=lambda shape: (_predicted(bench.shape, shape, singles), -budget.cost(shape)))
-    known = {found.shape: found for found in singles if not found.sliced}
-    best = ranked[:FINALISTS]
-    finalists = bench.measure([Trial("plan", shape) for shape in best if shape not in known])
-    # one axis that pays the budget by itself has been measured whole
-    within = [found for shape, found in known.items() if shape in shapes]
-    finalists += [msgspec.structs.replace(found, axis="plan") for found in within]
-    return [*sorted(finalists, key=lambda found: found.kl), *singles]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        start: Shape,
+        text: Sequence[Batch],
+        probe: Sequence[Batch],
+        more: Sequence[Batch] = (),
+        progress: Progress = silent,
+    ) -> None:
+        self.bench = Tryout(model, text, probe, progress)
+        self.start, self.more = start, more
+        self.singles: list[Measured] = []
+
+    def cheapest(self, budget: Budget) -> list[Measured]:
+        """Shapes within the budget and single axes, as measured; the first is the one to take.
+
+        Raises InputError when nothing fits.
+        """
+        teacher = self.bench.shape
+        free = [axis for axis in AXES if getattr(self.start, axis) == getattr(teacher, axis)]
+        ladder = _Ladder(teacher, self.start, self.bench.extras, free, budget)
+        shapes = ladder.fitting()  # nothing is measured when nothing fits
+        if not self.singles:
+            self.singles += self.bench.measure(ladder.singles())
+            self.singles += self.bench.measure(ladder.promising_widths(self.singles))
+        ranked = sorted(
+            shapes, key=lambda shape: (_predicted(teacher, shape, self.singles), -budget.cost(shape))
+        )
+        alone = [self._alone(axis, shapes, budget) for axis in free]
+        best = dict.fromkeys(shape for shape in [*ranked[:FINALISTS], *alone] if shape)
+        finalists = self.bench.measure([Trial("plan", shape) for shape in best], self.more)
+        return [*sorted(finalists, key=lambda found: found.kl), *self.singles]
+
+    def _alone(self, axis: str, shapes: Sequence[Shape], budget: Budget) -> Shape | None:
+        """The largest shape in which this axis pays for everything. Sums of single costs flatter a mix."""
+        if not any(found.axis == axis and not found.sliced for found in self.singles):
+            return None
+        teacher = self.bench.shape
+        cut = [shape for shape in shapes if {a for a in AXES if _removed(teacher, shape, a) > 0} == {axis}]
+        return max(cut, key=budget.cost, default=None)
 
 
 class Trial(NamedTuple):
@@ -261,6 +280,8 @@ class _Run:
     """A trial under way: its probe tokens so far."""
 
     trial: Trial
+    text: Sequence[Batch]
+    """Of the refit of a width."""
     stream: Stream
     dropped: frozenset[int] = frozenset()
     narrowing: Narrowing | None = None
@@ -303,13 +324,14 @@ class Tryout:
         return torch.cat([norm(h)[b.predicts] for h, b in zip(stream.hidden, self.probe, strict=True)])
 
     @torch.no_grad()
-    def measure(self, trials: Sequence[Trial]) -> list[Measured]:
-        """KL of each trial, all in one pass."""
+    def measure(self, trials: Sequence[Trial], more: Sequence[Batch] = ()) -> list[Measured]:
+        """KL of each trial, all in one pass; its statistics are those of ``more`` as well."""
         if not trials:
             return []
         self.passes += 1
-        text, layers = enter(self.model, self.text), layers_of(self.model)
-        runs = [self._start(trial) for trial in trials]
+        batches = [*self.text, *more]
+        text, layers = enter(self.model, batches), layers_of(self.model)
+        runs = [self._start(trial, batches) for trial in trials]
         for index, layer in enumerate(layers):
             text.arrive(index)
             with layer.awake():
@@ -320,11 +342,11 @@ class Tryout:
             self.progress("shape", index + 1, len(layers), f"pass {self.passes}: {len(trials)} shapes")
         return [self._found(run) for run in runs]
 
-    def _start(self, trial: Trial) -> _Run:
-        run = _Run(trial, enter(self.model, self.probe), self._dropped(trial.shape.layers))
+    def _start(self, trial: Trial, text: Sequence[Batch]) -> _Run:
+        text = [] if trial.sliced else text  # a slice needs no statistics
+        run = _Run(trial, text, enter(self.model, self.probe), self._dropped(trial.shape.layers))
         if trial.shape.hidden < self.shape.hidden:
             run.keep = top(self.width, trial.shape.hidden)
-            text = [] if trial.sliced else self.text  # a slice needs no statistics
             mixed = enter(self.model, [*text, *self.probe])
             mixed.real[len(text) :] = [torch.zeros_like(b.real) for b in self.probe]
             offset = family_of(self.model).gain_offset
@@ -348,7 +370,7 @@ class Tryout:
         if run.narrowing is None:
             end = side_of(self.model, self._ends(run.stream))
         else:
-            none = [] if run.trial.sliced else [torch.zeros_like(b.real) for b in self.text]
+            none = [torch.zeros_like(b.real) for b in run.text]
             end = run.narrowing.end(self.model, [*none, *(b.predicts for b in self.probe)])
         trial = run.trial
         return Measured(

@@ -46,7 +46,7 @@ from understudy.compress.pace import Speed, Track
 from understudy.compress.plan import Measured, Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import Method
-from understudy.compress.search import Budget, cheapest
+from understudy.compress.search import Budget, Search
 from understudy.compress.student import student_of
 from understudy.errors import InputError, ModelError
 
@@ -60,9 +60,10 @@ LEAST_TOKENS = 64
 
 ATTEMPTS = 3
 """Shapes measured on the engine before a latency is given up."""
-STATISTICS_TOKENS, PROBE_TOKENS = 6_144, 768
-"""Tokens that a shape is searched on: for statistics, and for KL to be measured on. A refit of n
-channels on few more than n tokens fits those alone, and axes without a refit look cheap beside it."""
+STATISTICS_TOKENS, DECISIVE_TOKENS, PROBE_TOKENS = 6_144, 16_384, 768
+"""Tokens that a shape is searched on: for statistics of each axis, for those of the best plans, and for KL
+to be measured on. A refit of n channels on few more than n tokens fits those alone, and axes without a refit
+look cheap beside it."""
 
 AXES = ("heads", "kv_heads", "hidden", "layers", "cross_layers", "cross_heads")
 """Sizes that are asked for by name alone; the FFN's may follow from a budget."""
@@ -152,11 +153,23 @@ def _identity(job: PruneJob, loaded: checkpoint.Loaded, calibration: list[Docume
 def _planned(
     loaded: checkpoint.Loaded, job: PruneJob, read: Callable[[], list[Document]], progress: Progress
 ) -> Plan:
-    sizes = job.sizes
+    sizes = filled(job.sizes, extras_of(loaded.model))
     plan = decided(shape_of(loaded.model), loaded, sizes, read, progress, job.speed)
     if sizes.shape == "uniform":
         return plan
     return shared_out(loaded.model, plan, read(), most_parameters(sizes, plan), progress)
+
+
+def filled(sizes: Sizes, extras: Extras) -> Sizes:
+    """What is meant where nothing is asked: three quarters of a dense teacher, of a mixture its active width.
+
+    A mixture of which no params, FFN or experts are asked becomes as wide as what one token passes in it.
+    """
+    if extras.mixed and not (sizes.params or sizes.ffn or sizes.experts):
+        return msgspec.structs.replace(sizes, ffn=extras.mixed.active)
+    if msgspec.structs.replace(sizes, shape="uniform") == Sizes():
+        return msgspec.structs.replace(sizes, params="0.75")
+    return sizes
 
 
 def most_parameters(sizes: Sizes, plan: Plan) -> int:
@@ -206,17 +219,13 @@ def decided(
     progress: Progress = silent,
     speed: Speed | None = None,
 ) -> Plan:
-    """The plan for what was asked; nothing asked: three quarters of a dense teacher.
+    """The plan for what was asked, or for what is meant where nothing was (`filled`).
 
     With texts to ``read`` the shape for a budget is measured on them, otherwise it follows from a rule; with
-    ``speed`` the budget may be a latency. A
-    mixture without params, FFN or experts asked becomes as wide as what one token passes in it.
+    ``speed`` the budget may be a latency.
     """
     extras = extras_of(loaded.model)
-    if extras.mixed and not (sizes.params or sizes.ffn or sizes.experts):
-        sizes = msgspec.structs.replace(sizes, ffn=extras.mixed.active)
-    elif msgspec.structs.replace(sizes, shape="uniform") == Sizes():
-        sizes = msgspec.structs.replace(sizes, params="0.75")
+    sizes = filled(sizes, extras)
     given = {axis: getattr(sizes, axis) for axis in AXES}
     fixed = extras.mixed or extras.attention or family_of(loaded.model).host is not None
     if sizes.latency and (fixed or read is None or speed is None or sizes.params or sizes.ffn):
@@ -228,26 +237,28 @@ def decided(
     if by_rule or read is None:
         return plans.decide(shape, extras, params=sizes.params, ffn=sizes.ffn, experts=sizes.experts, **given)
     start = plans.decide(shape, extras, **given).student
-    search = _Search(loaded.model, start, read(), progress)
+    search = _Searched(loaded.model, start, read(), progress)
     if sizes.latency and speed:
         return search.for_latency(sizes.latency, Track(loaded.model, loaded.tokenizer, speed))
     return search.for_parameters(sizes.params)
 
 
-class _Search:
+class _Searched:
     """The cheapest shape for a budget, measured on these texts."""
 
     def __init__(
         self, model: PreTrainedModel, start: Shape, documents: list[Document], progress: Progress
     ) -> None:
-        self.model, self.start, self.progress = model, start, progress
+        self.progress = progress
         self.teacher, self.extras = shape_of(model), extras_of(model)
-        self.text, self.probe = (batched(part, 2, model) for part in _parts(documents))
+        parts = _parts(documents)
+        text, more, probe = (batched(part, 2, model) if part else [] for part in parts)
+        self.search = Search(model, start, text, probe, more, progress)
 
     def for_parameters(self, params: str) -> Plan:
         wanted = plans.wanted_parameters(params, parameters(self.teacher, self.extras))
         unit = f"{wanted / 1e6:.1f}M parameters"
-        found = self._cheapest(Budget(self._parameters, wanted, unit))
+        found = self.search.cheapest(Budget(self._parameters, wanted, unit))
         return self._plan(found, f"within {unit}")
 
     def _parameters(self, shape: Shape) -> int:
@@ -257,7 +268,7 @@ class _Search:
         """At least ``target`` tokens a second, as measured; a cost that flatters is put right."""
         pace, most, reached = track.pace(self.progress), 1 / target, 0.0
         for _ in range(ATTEMPTS):
-            found = self._cheapest(Budget(pace.seconds, most, f"{target:g} tokens a second"))
+            found = self.search.cheapest(Budget(pace.seconds, most, f"{target:g} tokens a second"))
             reached = track.measure(found[0].shape)
             if reached >= target:
                 return self._plan(found, f"at {target:g} tokens a second and more ({reached:.0f} measured)")
@@ -267,27 +278,27 @@ class _Search:
             expected="a target that this machine reaches while nothing else runs on it",
         )
 
-    def _cheapest(self, budget: Budget) -> list[Measured]:
-        return cheapest(self.model, self.start, budget, self.text, self.probe, self.progress)
-
     def _plan(self, found: list[Measured], within: str) -> Plan:
         whole = sum(measured.axis == "plan" for measured in found)
         reason = f"the least measured KL of {whole} shapes {within}, {len(found) - whole} tried axis by axis"
         return plans.plan_of(self.teacher, found[0].shape, self.extras, reason, found)
 
 
-def _parts(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Texts for statistics, and others, a quarter as many at most, to measure on."""
+def _parts(documents: list[Document]) -> tuple[list[Document], list[Document], list[Document]]:
+    """Texts for statistics, more of them, and others, a quarter as many at most, to measure on."""
     count = sum(len(d.tokens) for d in documents)
     pieces = windows(documents, 512)
     probe = take(pieces, min(PROBE_TOKENS, count // 4), 1, share=True)
     chosen = set(map(id, probe))
-    text = [piece for piece in pieces if id(piece) not in chosen]
-    if not text:
+    left = [piece for piece in pieces if id(piece) not in chosen]
+    if not left:
         raise ModelError(
             f"{count} tokens of text", expected="two texts at least", next_step="give more or longer texts"
         )
-    return take(text, STATISTICS_TOKENS, 0, share=True), probe
+    text = take(left, STATISTICS_TOKENS, 0, share=True)
+    chosen |= set(map(id, text))
+    rest = [piece for piece in left if id(piece) not in chosen]
+    return text, take(rest, DECISIVE_TOKENS - STATISTICS_TOKENS, 0, share=True) if rest else [], probe
 
 
 def compare(teacher: str, student: str, texts: Texts, tokens: int, progress: Progress = silent) -> Fidelity:
