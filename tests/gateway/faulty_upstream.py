@@ -21,6 +21,7 @@ from understudy.config import Config, parse
 from understudy.gateway.app import RunningGateway, start
 from understudy.traffic.record import Call, Feedback, Record
 from understudy.traffic.segments import Fault, read_segment, segment_files
+from understudy.traffic.store import open_store
 
 CHAT = "/v1/chat/completions"
 
@@ -245,6 +246,16 @@ async def running(config: Config) -> AsyncIterator[RunningGateway]:
 
 def records(folder: Path) -> list[Record | Fault]:
     return [frame.record for path in segment_files(folder / "segments") for frame in read_segment(path)]
+
+
+def log_bytes(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in (folder / "segments").iterdir())
+
+
+def stored(folder: Path) -> set[str]:
+    """Keys of the calls in the store."""
+    with open_store("sqlite:///understudy.db", folder) as store:
+        return {kept.call.key for kept in store.calls()}
 
 
 def calls(folder: Path) -> list[Call]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ from understudy.gateway import limits
 from understudy.gateway.app import RunningGateway
 from understudy.traffic.allowances import Limits
 from understudy.traffic.keys import NewKey
-from understudy.traffic.store import Store, open_store
+from understudy.traffic.store import Store
 
 NOON = 1_800_000_000.0
 """Begins a minute (and lies within a day and a month)."""
@@ -43,12 +42,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [NOON + 10]
     monkeypatch.setattr(limits, "_now", lambda: now[0])
     return now
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with open_store("sqlite:///understudy.db", tmp_path) as store:
-        yield store
 
 
 def config(folder: Path, upstream: FaultyUpstream, rest: str = "") -> Config:
