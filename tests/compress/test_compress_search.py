@@ -144,6 +144,19 @@ def test_a_second_budget_measures_no_axis_again(make: Any, text: Any):
     assert kl[0] == pytest.approx(kl[1])
 
 
+def test_a_budget_much_smaller_measures_what_it_takes_further(make: Any, text: Any):
+    model, extras = make(**WIDE), extras_of(make(**WIDE))
+    asked = Search(model, shape_of(model), text[:-1], text[-1:])
+    channels: list[list[int]] = []
+    for ffn in (192, 64):
+        most = smaller(model, ffn=ffn)
+        found = asked.cheapest(Budget(partial(parameters, extras=extras), most, f"{most} parameters"))
+        channels.append([m.shape.ffn for m in found if m.axis == "ffn"])
+    assert channels[0] == [192]
+    assert channels[1][0] == 192
+    assert min(channels[1]) == 64
+
+
 def test_plans_are_measured_with_more_statistics_than_axes(make: Any, text: Any):
     model, extras = make(**WIDE), extras_of(make(**WIDE))
     budget = Budget(partial(parameters, extras=extras), smaller(model, ffn=128), "few")

@@ -75,7 +75,7 @@ class Budget(NamedTuple):
 
 
 class Search:
-    """One model's shapes. What an axis costs alone is measured once, whatever budgets are asked for.
+    """One model's shapes. What an axis costs alone is measured once for all budgets that are much alike.
 
     ``start``: the largest shape allowed; an axis on which it is the teacher's is free. Axes are measured with
     statistics of ``text``, the best plans with those of ``more`` beside it; KL is on ``probe``.
@@ -103,9 +103,7 @@ class Search:
         free = [axis for axis in AXES if getattr(self.start, axis) == getattr(teacher, axis)]
         ladder = _Ladder(teacher, self.start, self.bench.extras, free, budget)
         shapes = ladder.fitting()  # nothing is measured when nothing fits
-        if not self.singles:
-            self.singles += self.bench.measure(ladder.singles())
-            self.singles += self.bench.measure(ladder.promising_widths(self.singles))
+        self._measure_axes(ladder)
         ranked = sorted(
             shapes, key=lambda shape: (_predicted(teacher, shape, self.singles), -budget.cost(shape))
         )
@@ -113,6 +111,21 @@ class Search:
         best = dict.fromkeys(shape for shape in [*ranked[:FINALISTS], *alone] if shape)
         finalists = self.bench.measure([Trial("plan", shape) for shape in best], self.more)
         return [*sorted(finalists, key=lambda found: found.kl), *self.singles]
+
+    def _measure_axes(self, ladder: _Ladder) -> None:
+        """Each alone; for a later budget those that it takes more than twice as far as is known."""
+        trials = [trial for trial in ladder.singles() if self._share(trial) > 2 * self._known(trial.axis)]
+        self.singles += self.bench.measure(trials)
+        tried = {found.shape for found in self.singles if not found.sliced}
+        widths = ladder.promising_widths(self.singles)
+        self.singles += self.bench.measure([trial for trial in widths if trial.shape not in tried])
+
+    def _known(self, axis: str) -> float:
+        """The largest share of the axis without which the model was measured."""
+        return max((self._share(found) for found in self.singles if found.axis == axis), default=0.0)
+
+    def _share(self, found: Trial | Measured) -> float:
+        return _removed(self.bench.shape, found.shape, found.axis)
 
     def _alone(self, axis: str, shapes: Sequence[Shape], budget: Budget) -> Shape | None:
         """The largest shape in which this axis pays for everything. Sums of single costs flatter a mix."""
