@@ -1,6 +1,6 @@
 """How fast llama.cpp generates with a GGUF file on this machine: tokens a second, one sequence, by the clock.
 
-The best of a few rounds, so that a neighbour's burst does not decide. It ignores prompts, batches and the way
+The best of six rounds, so that a neighbour's burst does not decide. It ignores prompts, batches and the way
 over HTTP (bench/serving.py).
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from understudy.serve.engine import cpu_threads
 from understudy.serve.llama_scorer import open_scorer
 
-TOKENS, ROUNDS = 48, 3
+TOKENS, ROUNDS = 48, 6
 
 
 def tokens_per_second(path: Path, threads: int = 0) -> float:
