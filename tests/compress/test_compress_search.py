@@ -20,8 +20,9 @@ from understudy.compress.elimination import choose_channels, ranking
 from understudy.compress.families import DENSE
 from understudy.compress.fidelity import divergence, side_of
 from understudy.compress.importance import Gated, head_columns, refit
+from understudy.compress.progress import silent
 from understudy.compress.prune import cut_channels
-from understudy.compress.search import Budget, Search
+from understudy.compress.search import Budget, Sample, Search
 from understudy.compress.single import Sizes, decided
 from understudy.errors import InputError
 
@@ -36,7 +37,13 @@ def smaller(model: Any, **sizes: Any) -> int:
 def searched(model: Any, most: int, text: Any, **sizes: Any):
     start = plans.decide(shape_of(model), extras_of(model), **sizes).student
     budget = Budget(partial(parameters, extras=extras_of(model)), most, f"{most} parameters")
-    return Search(model, start, text[:-1], text[-1:]).cheapest(budget)
+    return search_of(model, text, start).cheapest(budget)
+
+
+def search_of(model: Any, text: Any, start: Any = None, progress: Any = silent) -> Search:
+    """Axes and plans on the same texts, the last of them for KL."""
+    every = Sample(text[:-1], text[-1:])
+    return Search(model, start or shape_of(model), every, every, progress)
 
 
 def kill_heads(model: Any) -> None:
@@ -129,16 +136,16 @@ def test_an_axis_that_pays_alone_is_a_finalist_however_it_ranks(make: Any, text:
 def test_a_second_budget_measures_no_axis_again(make: Any, text: Any):
     """A latency is approached by budgets; what an axis costs is the same for all of them."""
     model, extras = make(**WIDE), extras_of(make(**WIDE))
-    asked = Search(model, shape_of(model), text[:-1], text[-1:])
+    asked = search_of(model, text)
     budgets = [
         Budget(partial(parameters, extras=extras), smaller(model, ffn=ffn), "few") for ffn in (128, 64)
     ]
     first = asked.cheapest(budgets[0])
-    passes = asked.bench.passes
+    passes = asked.axes.passes
     second = asked.cheapest(budgets[1])
-    assert asked.bench.passes == passes + 1
+    assert (asked.axes.passes, asked.plans.passes) == (passes, 2)
     assert [m for m in second if m.axis != "plan"] == [m for m in first if m.axis != "plan"]
-    fresh = Search(model, shape_of(model), text[:-1], text[-1:]).cheapest(budgets[1])
+    fresh = search_of(model, text).cheapest(budgets[1])
     alone = plans.decide(shape_of(model), extras, ffn=64).student
     kl = [{m.shape: m.kl for m in found if m.axis == "plan"}[alone] for found in (second, fresh)]
     assert kl[0] == pytest.approx(kl[1])
@@ -146,7 +153,7 @@ def test_a_second_budget_measures_no_axis_again(make: Any, text: Any):
 
 def test_a_budget_much_smaller_measures_what_it_takes_further(make: Any, text: Any):
     model, extras = make(**WIDE), extras_of(make(**WIDE))
-    asked = Search(model, shape_of(model), text[:-1], text[-1:])
+    asked = search_of(model, text)
     channels: list[list[int]] = []
     for ffn in (192, 64):
         most = smaller(model, ffn=ffn)
@@ -157,11 +164,11 @@ def test_a_budget_much_smaller_measures_what_it_takes_further(make: Any, text: A
     assert min(channels[1]) == 64
 
 
-def test_plans_are_measured_with_more_statistics_than_axes(make: Any, text: Any):
+def test_plans_are_measured_on_more_than_axes(make: Any, text: Any):
     model, extras = make(**WIDE), extras_of(make(**WIDE))
     budget = Budget(partial(parameters, extras=extras), smaller(model, ffn=128), "few")
-    few = Search(model, shape_of(model), text[:1], text[-1:]).cheapest(budget)
-    more = Search(model, shape_of(model), text[:1], text[-1:], text[1:-1]).cheapest(budget)
+    little, much = Sample(text[:1], text[-1:]), Sample(text[:-1], text[-1:])
+    few, more = (Search(model, shape_of(model), little, plans).cheapest(budget) for plans in (little, much))
     assert [m for m in more if m.axis != "plan"] == [m for m in few if m.axis != "plan"]
     assert more[0].kl < few[0].kl
 
@@ -175,14 +182,14 @@ def test_an_unreachable_budget_measures_nothing(make: Any, text: Any):
     model = make(**WIDE)
     budget = Budget(partial(parameters, extras=extras_of(model)), 900, "900 parameters")
     with pytest.raises(InputError, match="900 parameters cannot be reached"):
-        Search(model, shape_of(model), text[:-1], text[-1:], progress=told).cheapest(budget)
+        search_of(model, text, progress=told).cheapest(budget)
     assert steps == []
 
 
 def test_a_budget_in_whatever_unit(make: Any, text: Any):
     """Seconds a token, say: the cost is any function that grows with the shape."""
     model = make(**WIDE)
-    asked = Search(model, shape_of(model), text[:-1], text[-1:])
+    asked = search_of(model, text)
     found = asked.cheapest(Budget(attrgetter("layers"), 2.0, "two"))
     assert found[0].shape.layers == 2
     assert found[0].shape.ffn == 256

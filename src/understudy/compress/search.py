@@ -74,24 +74,33 @@ class Budget(NamedTuple):
     """For messages: ``most`` in words."""
 
 
+class Sample(NamedTuple):
+    """Texts to measure with."""
+
+    text: Sequence[Batch]
+    """For statistics."""
+    probe: Sequence[Batch]
+    """For KL."""
+
+
 class Search:
     """One model's shapes. What an axis costs alone is measured once for all budgets that are much alike.
 
-    ``start``: the largest shape allowed; an axis on which it is the teacher's is free. Axes are measured with
-    statistics of ``text``, the best plans with those of ``more`` beside it; KL is on ``probe``.
+    ``start``: the largest shape allowed; an axis on which it is the teacher's is free. Axes are measured on
+    ``few`` tokens, the best plans on ``many``.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         start: Shape,
-        text: Sequence[Batch],
-        probe: Sequence[Batch],
-        more: Sequence[Batch] = (),
+        few: Sample,
+        many: Sample,
         progress: Progress = silent,
     ) -> None:
-        self.bench = Tryout(model, text, probe, progress)
-        self.start, self.more = start, more
+        self.axes = Tryout(model, few, progress)
+        self.plans = Tryout(model, many, progress, self.axes.rankings)
+        self.start, self.teacher = start, self.axes.shape
         self.singles: list[Measured] = []
 
     def cheapest(self, budget: Budget) -> list[Measured]:
@@ -99,9 +108,9 @@ class Search:
 
         Raises InputError when nothing fits.
         """
-        teacher = self.bench.shape
+        teacher = self.teacher
         free = [axis for axis in AXES if getattr(self.start, axis) == getattr(teacher, axis)]
-        ladder = _Ladder(teacher, self.start, self.bench.extras, free, budget)
+        ladder = _Ladder(teacher, self.start, self.axes.extras, free, budget)
         shapes = ladder.fitting()  # nothing is measured when nothing fits
         self._measure_axes(ladder)
         ranked = sorted(
@@ -109,30 +118,29 @@ class Search:
         )
         alone = [self._alone(axis, shapes, budget) for axis in free]
         best = dict.fromkeys(shape for shape in [*ranked[:FINALISTS], *alone] if shape)
-        finalists = self.bench.measure([Trial("plan", shape) for shape in best], self.more)
+        finalists = self.plans.measure([Trial("plan", shape) for shape in best])
         return [*sorted(finalists, key=lambda found: found.kl), *self.singles]
 
     def _measure_axes(self, ladder: _Ladder) -> None:
         """Each alone; for a later budget those that it takes more than twice as far as is known."""
         trials = [trial for trial in ladder.singles() if self._share(trial) > 2 * self._known(trial.axis)]
-        self.singles += self.bench.measure(trials)
+        self.singles += self.axes.measure(trials)
         tried = {found.shape for found in self.singles if not found.sliced}
         widths = ladder.promising_widths(self.singles)
-        self.singles += self.bench.measure([trial for trial in widths if trial.shape not in tried])
+        self.singles += self.axes.measure([trial for trial in widths if trial.shape not in tried])
 
     def _known(self, axis: str) -> float:
         """The largest share of the axis without which the model was measured."""
         return max((self._share(found) for found in self.singles if found.axis == axis), default=0.0)
 
     def _share(self, found: Trial | Measured) -> float:
-        return _removed(self.bench.shape, found.shape, found.axis)
+        return _removed(self.teacher, found.shape, found.axis)
 
     def _alone(self, axis: str, shapes: Sequence[Shape], budget: Budget) -> Shape | None:
         """The largest shape in which this axis pays for everything. Sums of single costs flatter a mix."""
         if not any(found.axis == axis and not found.sliced for found in self.singles):
             return None
-        teacher = self.bench.shape
-        cut = [shape for shape in shapes if {a for a in AXES if _removed(teacher, shape, a) > 0} == {axis}]
+        cut = [s for s in shapes if {a for a in AXES if _removed(self.teacher, s, a) > 0} == {axis}]
         return max(cut, key=budget.cost, default=None)
 
 
@@ -307,18 +315,19 @@ class Tryout:
     def __init__(
         self,
         model: PreTrainedModel,
-        text: Sequence[Batch],
-        probe: Sequence[Batch],
+        sample: Sample,
         progress: Progress = silent,
+        rankings: dict[int, list[int]] | None = None,
     ) -> None:
-        self.model, self.text, self.probe, self.progress = model, text, probe, progress
+        self.model, self.progress = model, progress
+        self.text, self.probe = sample
         self.shape, self.extras = shape_of(model), extras_of(model)
         self.influence: list[float] = []
         self.width = torch.zeros(self.shape.hidden)
         self.teacher = self._look()
         self.passes = 0
-        self.rankings: dict[int, list[int]] = {}
-        """By layer: in which order its channels leave, the same in every pass."""
+        self.rankings: dict[int, list[int]] = {} if rankings is None else rankings
+        """By layer: in which order its channels leave. It takes the longest, so it is found once."""
 
     @torch.no_grad()
     def _look(self) -> Side:
@@ -337,14 +346,13 @@ class Tryout:
         return torch.cat([norm(h)[b.predicts] for h, b in zip(stream.hidden, self.probe, strict=True)])
 
     @torch.no_grad()
-    def measure(self, trials: Sequence[Trial], more: Sequence[Batch] = ()) -> list[Measured]:
-        """KL of each trial, all in one pass; its statistics are those of ``more`` as well."""
+    def measure(self, trials: Sequence[Trial]) -> list[Measured]:
+        """KL of each trial, all in one pass."""
         if not trials:
             return []
         self.passes += 1
-        batches = [*self.text, *more]
-        text, layers = enter(self.model, batches), layers_of(self.model)
-        runs = [self._start(trial, batches) for trial in trials]
+        text, layers = enter(self.model, self.text), layers_of(self.model)
+        runs = [self._start(trial) for trial in trials]
         for index, layer in enumerate(layers):
             text.arrive(index)
             with layer.awake():
@@ -352,11 +360,11 @@ class Tryout:
                 for run in runs:
                     self._step(run, cutter, index)
                 cutter.go_on()
-            self.progress("shape", index + 1, len(layers), f"pass {self.passes}: {len(trials)} shapes")
+            self.progress("shape", index + 1, len(layers), f"{len(trials)} shapes")
         return [self._found(run) for run in runs]
 
-    def _start(self, trial: Trial, text: Sequence[Batch]) -> _Run:
-        text = [] if trial.sliced else text  # a slice needs no statistics
+    def _start(self, trial: Trial) -> _Run:
+        text = [] if trial.sliced else self.text  # a slice needs no statistics
         run = _Run(trial, text, enter(self.model, self.probe), self._dropped(trial.shape.layers))
         if trial.shape.hidden < self.shape.hidden:
             run.keep = top(self.width, trial.shape.hidden)

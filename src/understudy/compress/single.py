@@ -46,7 +46,7 @@ from understudy.compress.pace import Speed, Track
 from understudy.compress.plan import Measured, Plan
 from understudy.compress.progress import Progress, silent
 from understudy.compress.prune import Method
-from understudy.compress.search import Budget, Search
+from understudy.compress.search import Budget, Sample, Search
 from understudy.compress.student import student_of
 from understudy.errors import InputError, ModelError
 
@@ -60,10 +60,9 @@ LEAST_TOKENS = 64
 
 ATTEMPTS = 3
 """Shapes measured on the engine before a latency is given up."""
-STATISTICS_TOKENS, DECISIVE_TOKENS, PROBE_TOKENS = 6_144, 16_384, 768
-"""Tokens that a shape is searched on: for statistics of each axis, for those of the best plans, and for KL
-to be measured on. A refit of n channels on few more than n tokens fits those alone, and axes without a refit
-look cheap beside it."""
+AXES_TOKENS, PLANS_TOKENS = (6_144, 768), (12_288, 1_536)
+"""Tokens that axes, and then the best plans, are measured on: for statistics, and for KL. A refit of n
+channels on few more than n tokens fits those alone, and axes without a refit look cheap beside it."""
 
 AXES = ("heads", "kv_heads", "hidden", "layers", "cross_layers", "cross_heads")
 """Sizes that are asked for by name alone; the FFN's may follow from a budget."""
@@ -251,9 +250,8 @@ class _Searched:
     ) -> None:
         self.progress = progress
         self.teacher, self.extras = shape_of(model), extras_of(model)
-        parts = _parts(documents)
-        text, more, probe = (batched(part, 2, model) if part else [] for part in parts)
-        self.search = Search(model, start, text, probe, more, progress)
+        samples = (Sample(*(batched(part, 2, model) for part in parts)) for parts in _parts(documents))
+        self.search = Search(model, start, *samples, progress=progress)
 
     def for_parameters(self, params: str) -> Plan:
         wanted = plans.wanted_parameters(params, parameters(self.teacher, self.extras))
@@ -284,21 +282,19 @@ class _Searched:
         return plans.plan_of(self.teacher, found[0].shape, self.extras, reason, found)
 
 
-def _parts(documents: list[Document]) -> tuple[list[Document], list[Document], list[Document]]:
-    """Texts for statistics, more of them, and others, a quarter as many at most, to measure on."""
-    count = sum(len(d.tokens) for d in documents)
-    pieces = windows(documents, 512)
-    probe = take(pieces, min(PROBE_TOKENS, count // 4), 1, share=True)
+def _parts(documents: list[Document]) -> list[tuple[list[Document], list[Document]]]:
+    """For axes, and more for plans: texts for statistics, and others for KL, a quarter at most."""
+    (text_tokens, probe_tokens), (more_text, more_probe) = AXES_TOKENS, PLANS_TOKENS
+    count, pieces = sum(len(d.tokens) for d in documents), windows(documents, 512)
+    probe = take(pieces, min(more_probe, count // 4), 1, share=True)
     chosen = set(map(id, probe))
-    left = [piece for piece in pieces if id(piece) not in chosen]
-    if not left:
+    text = take([piece for piece in pieces if id(piece) not in chosen], more_text, 0, share=True)
+    if not text:
         raise ModelError(
             f"{count} tokens of text", expected="two texts at least", next_step="give more or longer texts"
         )
-    text = take(left, STATISTICS_TOKENS, 0, share=True)
-    chosen |= set(map(id, text))
-    rest = [piece for piece in left if id(piece) not in chosen]
-    return text, take(rest, DECISIVE_TOKENS - STATISTICS_TOKENS, 0, share=True) if rest else [], probe
+    few = take(text, text_tokens, 0, share=True), take(probe, probe_tokens, 1, share=True)
+    return [few, (text, probe)]
 
 
 def compare(teacher: str, student: str, texts: Texts, tokens: int, progress: Progress = silent) -> Fidelity:
