@@ -22,6 +22,7 @@ from understudy.compress.decoder import Shape
 from understudy.compress.plan import LayerPlan
 from understudy.compress.progress import silent
 from understudy.compress.recipe import OwnJob, OwnReport, own
+from understudy.compress.single import shared_out
 from understudy.config import Own
 from understudy.errors import InputError, ModelError
 
@@ -75,6 +76,19 @@ def test_own_shares_channels_out(job, ffn):
     assert model.num_parameters() == report.parameters_after + padding
     assert plan.reason == "sizes as given, shared out among the layers by measured damage"
     assert bool([note for note in report.notes if "cut to" in note]) == (ffn == 4)
+
+
+def test_own_spends_a_budget_that_nobody_named(job, monkeypatch):
+    given: list[int] = []
+
+    def seen(model, plan, texts, most, progress):
+        given.append(most)
+        return shared_out(model, plan, texts, most, progress)
+
+    monkeypatch.setattr(recipe, "shared_out", seen)
+    report = own(job._replace(settings=Own(shape="per-layer", calibration_tokens=200, distil_tokens=500)))
+    assert given == [int(0.75 * report.parameters_before)]
+    assert report.parameters_after <= given[0]
 
 
 def test_a_finished_run_is_only_read(job):

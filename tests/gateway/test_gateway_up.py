@@ -33,11 +33,13 @@ from understudy.child import pause_after
 from understudy.traffic.record import Call
 from understudy.traffic.store import Store
 
+DASHBOARD = '[dashboard]\nlisten = "127.0.0.1:0"\n'
 
-def write_config(folder: Path, upstream: FaultyUpstream, gateway: str) -> None:
+
+def write_config(folder: Path, upstream: FaultyUpstream, gateway: str, rest: str = "") -> None:
     (folder / "understudy.toml").write_text(
         f'[gateway]\nlisten = "127.0.0.1:0"\n{gateway}\n[endpoints.local]\nbase_url = "{upstream.url}"\n'
-        '[aliases.assistant]\nmodel = "local/m"\n'
+        f'[aliases.assistant]\nmodel = "local/m"\n{rest}'
     )
 
 
@@ -134,9 +136,7 @@ def controllers(parent: int) -> set[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="children are found in /proc")
 async def test_a_dead_controller_is_started_again(tmp_path: Path, upstream: FaultyUpstream) -> None:
-    write_config(tmp_path, upstream, "")
-    with (tmp_path / "understudy.toml").open("a") as file:
-        file.write("[rollout]\n")
+    write_config(tmp_path, upstream, "", "[rollout]\n")
     command = Command(tmp_path)
     port = await command.ready()
     [first] = controllers(command.process.pid)
@@ -187,9 +187,7 @@ async def test_sighup_has_the_config_read_again(
 
 
 async def test_up_starts_the_dashboard_and_takes_it_along(tmp_path: Path, upstream: FaultyUpstream) -> None:
-    write_config(tmp_path, upstream, "")
-    with (tmp_path / "understudy.toml").open("a") as file:
-        file.write('[dashboard]\nlisten = "127.0.0.1:0"\n')
+    write_config(tmp_path, upstream, "", DASHBOARD)
     command = Command(tmp_path)
     said = await command.said()
     address = urlsplit(said["dashboard"])
@@ -203,9 +201,7 @@ async def test_up_starts_the_dashboard_and_takes_it_along(tmp_path: Path, upstre
 
 
 async def test_a_killed_up_leaves_no_dashboard_behind(tmp_path: Path, upstream: FaultyUpstream) -> None:
-    write_config(tmp_path, upstream, "")
-    with (tmp_path / "understudy.toml").open("a") as file:
-        file.write('[dashboard]\nlisten = "127.0.0.1:0"\n')
+    write_config(tmp_path, upstream, "", DASHBOARD)
     command = Command(tmp_path)
     port = urlsplit((await command.said())["dashboard"]).port or 0
     await command.end(signal.SIGKILL)

@@ -32,7 +32,15 @@ from understudy.compress.document import Chat, Document
 from understudy.compress.fidelity import Fidelity, fidelity
 from understudy.compress.plan import LayerPlan, Plan
 from understudy.compress.progress import Progress, silent
-from understudy.compress.single import LEAST_TOKENS, Sizes, batched, decided, most_parameters, shared_out
+from understudy.compress.single import (
+    LEAST_TOKENS,
+    Sizes,
+    batched,
+    decided,
+    filled,
+    most_parameters,
+    shared_out,
+)
 from understudy.compress.student import student_of
 from understudy.compress.teacher import LiveTeacher
 from understudy.config import Own, resolve_path
@@ -254,9 +262,10 @@ class _Steps:
         if folder.is_dir() and path.exists():
             return plans.load(path), checkpoint.load(folder).model
         settings = self.job.settings
-        sizes = Sizes(
+        asked = Sizes(
             params=settings.params, ffn=settings.ffn, heads=settings.heads, experts=settings.experts
         )
+        sizes = filled(asked, extras_of(self.loaded.model))
         with self._timed("shape"):
             read = self.texts.calibration
             shape = shape_of(self.loaded.model)

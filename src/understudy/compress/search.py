@@ -2,7 +2,8 @@
 
 One pass over the untouched model's layers gathers each one's statistics and carries a few probe tokens
 through it as every trial would leave it, cut and refitted. First each axis is tried alone; the damages,
-taken to add up, rank all shapes within the budget; the best few are then tried whole and the least KL wins.
+taken to add up, rank all shapes within the budget; the best few are then tried whole, on more tokens, and the
+least KL wins.
 Trials are cut side by side, no layer knowing what the others lost, so their KL is above what `prune` reaches:
 it ranks. It ignores FFN sizes that differ by layer (allocation) and mixtures of experts.
 
@@ -301,8 +302,6 @@ class _Run:
     """A trial under way: its probe tokens so far."""
 
     trial: Trial
-    text: Sequence[Batch]
-    """Of the refit of a width."""
     stream: Stream
     dropped: frozenset[int] = frozenset()
     narrowing: Narrowing | None = None
@@ -325,7 +324,6 @@ class Tryout:
         self.influence: list[float] = []
         self.width = torch.zeros(self.shape.hidden)
         self.teacher = self._look()
-        self.passes = 0
         self.rankings: dict[int, list[int]] = {} if rankings is None else rankings
         """By layer: in which order its channels leave. It takes the longest, so it is found once."""
 
@@ -350,7 +348,6 @@ class Tryout:
         """KL of each trial, all in one pass."""
         if not trials:
             return []
-        self.passes += 1
         text, layers = enter(self.model, self.text), layers_of(self.model)
         runs = [self._start(trial) for trial in trials]
         for index, layer in enumerate(layers):
@@ -364,10 +361,10 @@ class Tryout:
         return [self._found(run) for run in runs]
 
     def _start(self, trial: Trial) -> _Run:
-        text = [] if trial.sliced else self.text  # a slice needs no statistics
-        run = _Run(trial, text, enter(self.model, self.probe), self._dropped(trial.shape.layers))
+        run = _Run(trial, enter(self.model, self.probe), self._dropped(trial.shape.layers))
         if trial.shape.hidden < self.shape.hidden:
             run.keep = top(self.width, trial.shape.hidden)
+            text = [] if trial.sliced else self.text  # a slice needs no statistics
             mixed = enter(self.model, [*text, *self.probe])
             mixed.real[len(text) :] = [torch.zeros_like(b.real) for b in self.probe]
             offset = family_of(self.model).gain_offset
@@ -391,7 +388,7 @@ class Tryout:
         if run.narrowing is None:
             end = side_of(self.model, self._ends(run.stream))
         else:
-            none = [torch.zeros_like(b.real) for b in run.text]
+            none = [] if run.trial.sliced else [torch.zeros_like(b.real) for b in self.text]
             end = run.narrowing.end(self.model, [*none, *(b.predicts for b in self.probe)])
         trial = run.trial
         return Measured(

@@ -236,13 +236,13 @@ def decided(
     if by_rule or read is None:
         return plans.decide(shape, extras, params=sizes.params, ffn=sizes.ffn, experts=sizes.experts, **given)
     start = plans.decide(shape, extras, **given).student
-    search = _Searched(loaded.model, start, read(), progress)
+    search = _Planner(loaded.model, start, read(), progress)
     if sizes.latency and speed:
         return search.for_latency(sizes.latency, Track(loaded.model, loaded.tokenizer, speed))
     return search.for_parameters(sizes.params)
 
 
-class _Searched:
+class _Planner:
     """The cheapest shape for a budget, measured on these texts."""
 
     def __init__(
